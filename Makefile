@@ -1,0 +1,36 @@
+# Each target builds what it needs. PYTHON picks the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart photos test lint test-tfds clean
+
+quickstart: $(VENV)/.ready  ## transfer a shipped MNIST network to other people's digits, 5 labels a class
+	$(BIN)/python launch.py --mode=sweep --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/.ready  ## the fast tests
+	$(BIN)/python -m pytest
+
+photos: $(VENV)/.ready  ## ImageNet MobileNetV2 to ants and bees; needs ../shared
+	mkdir -p runs/hymenoptera && tar -xf ../shared/data/hymenoptera.tar -C runs/hymenoptera
+	$(BIN)/python launch.py --mode=sweep --config=configs/finetune.py --workdir=runs/photos
+
+test-tfds: $(VENV)/.ready .venv-tfds/.ready  ## TFDS prepares a set with TensorFlow; we read it without
+	TFDS_PYTHON=.venv-tfds/bin/python $(BIN)/python -m pytest tests/tfds
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv-tfds/.ready: requirements-tfds.txt
+	$(PYTHON) -m venv .venv-tfds
+	.venv-tfds/bin/python -m pip install -q --disable-pip-version-check -r requirements-tfds.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-tfds .jax_cache build *.egg-info
