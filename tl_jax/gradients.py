@@ -1,0 +1,70 @@
+"""How a loss becomes a gradient: all at once, or accumulated over parts of the batch.
+
+A gradient takes a loss `(params, collections, batch, key) -> (scalar, Aux)` and returns a function of the same arguments
+that gives `(gradients of params, scalar, Aux)`. `params` are the trainable ones alone; the loss closes over the others.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tl_jax import trees
+from tl_jax.errors import UserError
+
+Gradient = Callable[[Callable], Callable]
+
+
+def plain() -> Gradient:
+    """The gradient of the loss over the whole batch."""
+
+    def transform(loss: Callable) -> Callable:
+        def gradient(params, collections, batch, key):
+            (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, collections, batch, key)
+            return grads, value, aux
+
+        return gradient
+
+    return transform
+
+
+def accumulated(*, parts: int) -> Gradient:
+    """The mean of the gradients of `parts` equal parts of the batch, one after the other in a scan.
+
+    Holds the activations of one part at a time. Collections (batch statistics) are handed from part to part. Equal to
+    `plain` for losses that are means over examples; batch normalisation sees parts, not the batch.
+    """
+
+    def transform(loss: Callable) -> Callable:
+        compute = plain()(loss)
+
+        def gradient(params, collections, batch, key):
+            def part(carry, inputs):
+                sums, moving = carry
+                examples, number = inputs
+                grads, value, aux = compute(params, moving, examples, jax.random.fold_in(key, number))
+                sums = jax.tree.map(jnp.add, sums, (grads, value, aux.metrics))
+                return (sums, trees.merge(moving, aux.collections)), None
+
+            split = jax.tree.map(lambda x: _parts(x, parts), batch)
+            shapes = jax.eval_shape(compute, params, collections, jax.tree.map(lambda x: x[0], split), key)
+            grads, value, aux = shapes
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, value, aux.metrics))
+            (sums, moved), _ = jax.lax.scan(part, (zeros, collections), (split, jnp.arange(parts)))
+            grads, value, metrics = jax.tree.map(lambda s: s / parts, sums)
+            return grads, value, aux._replace(metrics=metrics, collections=moved)
+
+        return gradient
+
+    return transform
+
+
+def _parts(x: Any, parts: int) -> Any:
+    if x.shape[0] % parts:
+        raise UserError(f'config.gradient.parts: {parts} parts do not divide a batch of {x.shape[0]}')
+    # Strided, so that each part takes its share of every device's examples.
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+GRADIENTS = {'plain': plain, 'accumulated': accumulated}

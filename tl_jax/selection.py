@@ -1,0 +1,57 @@
+"""Which checkpoint of a run counts: never implicit, printed with every number."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tl_jax.errors import UserError, nearest
+
+METRICS = ('accuracy', 'loss', 'macro_f1', 'balanced_accuracy')
+
+
+class Selection(NamedTuple):
+    """How a checkpoint is chosen.
+
+    Attributes:
+      field: of the evaluation records, such as `val/accuracy`; empty for the last checkpoint.
+      sign: 1 where higher is better, −1 where lower is.
+      oracle: whether the test labels choose.
+    """
+
+    field: str
+    sign: float
+    oracle: bool
+
+    def __str__(self) -> str:
+        if not self.field:
+            return 'last'
+        return f'oracle: {self.field}, chosen on the test labels' if self.oracle else self.field
+
+    def score(self, record: Mapping[str, Any]) -> float | None:
+        """A record's rank, higher is better; None where it has no such field."""
+        return self.sign * record[self.field] if self.field in record else None
+
+    def best(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """The record with the highest score, the earliest of equals; None where nothing is selected."""
+        scored = [r for r in records if self.score(r) is not None]
+        return max(scored, key=lambda r: (self.score(r), -r['step'])) if scored else None
+
+    def exhausted(self, records: Sequence[Mapping[str, Any]], stage: int, patience: int) -> bool:
+        """Whether the last `patience` evaluations of a stage brought nothing better than an earlier one of it."""
+        scores = [s for r in records if r['stage'] == stage and (s := self.score(r)) is not None]
+        return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
+
+
+def selection_from(select_by: str, eval_splits: Sequence[str], test_splits: Sequence[str]) -> Selection:
+    """Reads `config.select_by`: 'last', '<evaluation split>', '<evaluation split>/<metric>', or 'oracle[/<metric>]'."""
+    if select_by == 'last':
+        return Selection('', 1.0, False)
+    split, _, metric = select_by.partition('/')
+    metric = metric or 'accuracy'
+    if metric not in METRICS:
+        raise UserError(f"config.select_by: unknown metric '{metric}'; {nearest(metric, METRICS)}")
+    if split == 'oracle' and test_splits:
+        return Selection(f'{test_splits[0]}/{metric}', -1.0 if metric == 'loss' else 1.0, True)
+    if split not in eval_splits:
+        known = ['last', *eval_splits, *(['oracle'] if test_splits else [])]
+        raise UserError(f"config.select_by: there is no evaluation split '{split}'; {nearest(split, known)}")
+    return Selection(f'{split}/{metric}', -1.0 if metric == 'loss' else 1.0, False)
