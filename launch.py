@@ -1,0 +1,64 @@
+"""The one command: trains, evaluates, predicts, compares variants; here, on SLURM or on a TPU pod.
+
+python launch.py --config=configs/quickstart.py:probe --workdir=runs/probe
+python launch.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=sweep
+python launch.py --workdir=runs/probe --mode=predict --files='photos/*.jpg' --output=predictions.csv
+"""
+
+import os
+import sys
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+from absl import logging
+
+from tl_jax import jobs
+from tl_jax.errors import UserError, nearest
+from tl_jax.mesh import start_processes
+from tl_jax.train import Preempted
+
+FLAGS = {
+    'config': 'FILE.py[:arg]; without it, the config stored in --workdir',
+    'workdir': 'directory of the run',
+    'mode': 'train (default), eval, predict, sweep',
+    'files': 'predict: images, or a pattern in quotes',
+    'output': 'predict: the csv, <workdir>/predictions.csv unless given',
+    'dry_run': 'say what would be trained, and stop',
+}
+
+
+def parse(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the flags, and the assignments of `--config.field=value`."""
+    flags, assignments = {}, []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix('--').partition('=')
+        if argument.startswith('--config.'):
+            assignments.append(argument.removeprefix('--config.'))
+        elif not argument.startswith('--') or name not in FLAGS:
+            raise UserError(f'{argument}: unknown flag; {nearest(name, FLAGS)} or --config.FIELD=VALUE')
+        else:
+            flags[name] = value if equals else 'true'
+    return flags, assignments
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or '--help' in arguments:
+        print(__doc__ + '\n' + '\n'.join(f'  --{name:8} {meaning}' for name, meaning in FLAGS.items()))
+        return
+    flags, assignments = parse(arguments)
+    mode = flags.get('mode', 'train')
+    if mode not in jobs.JOBS:
+        raise UserError(f"--mode: unknown mode '{mode}'; {nearest(mode, jobs.JOBS)}")
+    start_processes()
+    jobs.JOBS[mode](flags, assignments)
+
+
+if __name__ == '__main__':
+    logging.set_verbosity(logging.WARNING)
+    try:
+        main(sys.argv[1:])
+    except Preempted as saved:
+        print(saved)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)

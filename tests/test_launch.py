@@ -1,0 +1,140 @@
+"""The command as a user types it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+def get_config(arg='full'):
+    import ml_collections
+    c = ml_collections.ConfigDict()
+    c.model = dict(name='convnet', widths=[8, 16])
+    small = [dict(name='resize', size=[16, 16]), 'to_float']
+    c.data = dict(train='folder:{photos}[:70%]', eval='folder:{photos}[70%:]', train_transform=small, eval_transform=small)
+    c.stages = [dict(name=arg, steps=30, train=[('head/.*' if arg == 'probe' else '.*', dict(name='adam', lr=1e-2))])]
+    c.batch_size = 8
+    c.mesh = dict(data=1)
+    return c
+
+def sweep():
+    for arg in ('probe', 'full'):
+        yield arg, dict(seed=0)
+"""
+
+
+def launch(*arguments, cwd=ROOT):
+    environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache'), 'JAX_PLATFORMS': 'cpu'}
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'launch.py'), *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """Two classes that differ in colour, as a person's own folder would be."""
+    folder, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
+    for channel, name in ((0, 'red'), (2, 'blue')):
+        (folder / name).mkdir()
+        for i in range(20):
+            pixels = rng.integers(0, 120, (24, 20, 3))
+            pixels[..., channel] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f'{i}.png')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def config_file(photos):
+    path = photos.parent / 'config.py'
+    path.write_text(CONFIG.format(photos=photos))
+    return path
+
+
+@pytest.fixture(scope='module')
+def trained(config_file):
+    workdir = config_file.parent / 'run'
+    done = launch(f'--config={config_file}', f'--workdir={workdir}', '--config.stages[0].steps=40')
+    assert done.returncode == 0, done.stderr
+    assert 'report.html' in done.stdout and 'val/accuracy' in done.stdout
+    return workdir
+
+
+def test_train_writes_a_whole_run(trained):
+    summary = json.loads((trained / 'summary.json').read_text())
+    assert summary['steps'] == 40 and summary['metrics']['val/accuracy'] > 0.9
+    assert {'config.json', 'metrics.jsonl', 'report.html', 'model.safetensors'} <= {p.name for p in trained.iterdir()}
+    assert list(trained.glob('events.out.tfevents*'))
+
+
+def test_eval_gives_the_figures_of_training(trained):
+    done = launch(f'--workdir={trained}', '--mode=eval')
+    assert done.returncode == 0, done.stderr
+    figure = json.loads((trained / 'summary.json').read_text())['metrics']['val/accuracy']
+    assert f'accuracy {figure:.4f}' in done.stdout
+
+
+def test_predict_writes_probabilities(trained, photos):
+    output = trained.parent / 'out.csv'
+    done = launch(f'--workdir={trained}', '--mode=predict', f'--files={photos}/*/1*.png', f'--output={output}')
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(output.open()))
+    assert len(rows) == 22
+    for row in rows:
+        assert float(row['red']) + float(row['blue']) == pytest.approx(1, abs=1e-5)
+    assert np.mean([row['prediction'] in row['file'] for row in rows]) > 0.9
+
+
+def test_a_finished_run_is_a_checkpoint_for_the_next(trained, config_file, tmp_path):
+    done = launch(
+        f'--config={config_file}:probe', f'--workdir={tmp_path}/next', '--config.stages[0].steps=1',
+        f'--config.model.source={trained}/model.safetensors',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'next/summary.json').read_text())['metrics']['val/accuracy'] > 0.9
+
+
+def test_dry_run_says_what_would_be_trained_and_writes_nothing(config_file, tmp_path):
+    done = launch(f'--config={config_file}:probe', f'--workdir={tmp_path}/no', '--dry_run')
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / 'no').exists()
+    row = next(line for line in done.stdout.splitlines() if line.startswith('head/kernel'))
+    assert row.split()[2] == 'float32' and row.split()[-1] == 'adam'
+    assert next(line for line in done.stdout.splitlines() if line.startswith('backbone/')).split()[-1] == 'frozen'
+    assert '28 examples' in done.stdout and 'optimizer state' in done.stdout
+
+
+def test_sweep_compares_and_resumes(config_file, tmp_path):
+    done = launch(f'--config={config_file}', f'--workdir={tmp_path}/sweep', '--mode=sweep')
+    assert done.returncode == 0, done.stderr
+    assert 'probe' in done.stdout and 'full' in done.stdout and (tmp_path / 'sweep/report.html').exists()
+    again = launch(f'--config={config_file}', f'--workdir={tmp_path}/sweep', '--mode=sweep')
+    assert again.returncode == 0 and 'step' not in again.stdout.partition('|')[0]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--config={c}', '--workdir={w}', '--config.sed=1'], "config.sed: unknown field; did you mean 'seed'"),
+        (['--config={c}', '--workdir={w}', '--config.seed=x'], 'config.seed: must be int'),
+        (['--config={c}', '--workdir={w}', '--wrkdir=x'], "unknown flag; did you mean 'workdir'"),
+        (['--config={c}', '--workdir={w}', '--mode=trian'], "unknown mode 'trian'; did you mean 'train'"),
+        (['--config={c}'], '--workdir: name the directory'),
+        (['--config={c}', '--workdir={w}', '--config.data.train=folder:nowhere'], 'nowhere'),
+        (['--config={c}', '--workdir={w}', '--config.model.source={e}'], 'evil.pth'),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(config_file, tmp_path, arguments, message):
+    evil = tmp_path / 'evil.pth'
+    evil.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / 'canary').encode() + b"'\ntR.")
+    done = launch(*(a.format(c=config_file, w=tmp_path / 'run', e=evil) for a in arguments))
+    assert done.returncode == 2
+    assert done.stderr.count('\n') == 1 and message in done.stderr, done.stderr
+    assert not (tmp_path / 'run').exists() and not (tmp_path / 'canary').exists()

@@ -1,0 +1,158 @@
+"""What the modes of `launch.py` do: train, eval, predict, sweep, and the dry run."""
+
+import csv
+import glob
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tl_jax import config as config_lib
+from tl_jax import data as data_lib
+from tl_jax import evaluate as evaluate_lib
+from tl_jax import experiment as experiment_lib
+from tl_jax import mesh as mesh_lib
+from tl_jax import overview, pretrained, report, train
+from tl_jax import workdir as workdir_lib
+from tl_jax.errors import UserError
+from tl_jax.objectives import inputs_of
+from tl_jax.progress import say
+
+Flags = Mapping[str, str]
+
+
+def run_train(flags: Flags, assignments: Sequence[str]) -> None:
+    """Trains one config, prints its figures and writes its page."""
+    config = _config(flags, assignments)
+    if 'dry_run' in flags:
+        say(overview.describe(config_lib.resolve(config)))
+        return
+    workdir = _workdir(flags)
+    train.train_and_evaluate(config, workdir)
+    if jax.process_index() == 0:
+        summary = workdir_lib.read_json(workdir / 'summary.json')
+        figures = '  '.join(f'{k} {v:.4f}' for k, v in summary['metrics'].items())
+        say(f'selected step {summary["selected_step"]} by {summary["select_by"]}: {figures}')
+        say(f'report: {report.write_run_report(workdir)}')
+
+
+def run_eval(flags: Flags, assignments: Sequence[str]) -> None:
+    """Evaluates a finished run's model on the splits of its config, or of other data by `--config.data.test=…`."""
+    workdir = _workdir(flags)
+    config = config_lib.resolve(_config({'workdir': str(workdir)}, assignments))
+    model, variables, about = _trained(workdir)
+    data = experiment_lib.data_from(config)
+    if tuple(data.class_names) != tuple(about['class_names']):
+        raise UserError(f'config.data: its classes are not the ones that {workdir} was trained on')
+    mesh = config_lib.call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
+    step = evaluate_lib.create_eval_step(_predict(model))
+    for split, source in {**data.eval, **data.test}.items():
+        figures, _ = evaluate_lib.evaluate(step, mesh_lib.put_everywhere(variables, mesh), data.batches(source), mesh)
+        say(f'{split} ({source.length} examples): ' + '  '.join(f'{k} {v:.4f}' for k, v in figures.items()))
+
+
+def run_predict(flags: Flags, assignments: Sequence[str]) -> None:
+    """Writes a csv with a row for each image: file, predicted class, and each class's probability."""
+    workdir = _workdir(flags)
+    if 'files' not in flags:
+        raise UserError("--files: name the images, such as --files='photos/*.jpg'")
+    paths = [p for item in flags['files'].split(',') for p in (sorted(glob.glob(item)) or [item])]
+    folder = next((p for p in paths if Path(p).is_dir()), None)
+    if folder:
+        raise UserError(f"--files: {folder} is a folder; name the images in it, such as '{folder}/*.jpg'")
+    model, variables, about = _trained(workdir)
+    source = data_lib.open_files(paths, channels=about['input_shape'][-1])
+    mesh = mesh_lib.create_mesh(data=1)
+    step = evaluate_lib.create_eval_step(_predict(model))
+    batches = data_lib.eval_batches(source, batch_size=min(64, len(paths)), transforms=about['eval_transform'])
+    batches = ({'label': np.zeros(len(b['mask']), np.int32), **b} for b in batches)
+    placed = mesh_lib.put_everywhere(variables, mesh)
+    _, predictions = evaluate_lib.evaluate(step, placed, batches, mesh, predictions=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['file', 'prediction', *about['class_names']])
+    for path, row in zip(paths, predictions.probabilities, strict=True):
+        writer.writerow([path, about['class_names'][row.argmax()], *(f'{p:.6f}' for p in row)])
+    output = Path(flags.get('output', workdir / 'predictions.csv'))
+    workdir_lib.write_atomically(output, text.getvalue())
+    say(f'{len(paths)} predictions: {output}')
+
+
+def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
+    """Trains every variant that the config's `sweep()` yields, resuming what was begun, and prints their table."""
+    if 'config' not in flags:
+        raise UserError('--config: a sweep needs a config file')
+    workdir, (module, arg) = _workdir(flags), config_lib.load_module(flags['config'])
+    if not hasattr(module, 'sweep'):
+        raise UserError(f'--config: {flags["config"]} defines no sweep(), which yields (variant, overrides)')
+    variants = list(module.sweep(arg) if arg else module.sweep())
+    started = time.perf_counter()
+    for number, (variant, overrides) in enumerate(variants):
+        config = module.get_config(','.join(filter(None, (arg, variant))))
+        for assignment in (*(f'{k}={v!r}' for k, v in overrides.items()), *assignments):
+            config_lib.override(config, assignment)
+        run = workdir / variant / f'seed{config.seed}'
+        if (run / 'summary.json').exists() and workdir_lib.holds_run(run, config_lib.resolve(config)):
+            continue
+        train.train_and_evaluate(config, run)
+        metrics = workdir_lib.read_json(run / 'summary.json')['metrics']
+        figures = '  '.join(
+            f'{k} {v:.4f}' for k, v in metrics.items() if k.endswith('accuracy') and 'balanced' not in k
+        )
+        say(f'[{number + 1}/{len(variants)}] {variant} seed {config.seed}: {figures}')
+    page = report.write_sweep_report(workdir)
+    say((workdir / 'table.md').read_text())
+    say(f'{len(variants)} runs in {time.perf_counter() - started:.0f} s; report: {page}')
+
+
+JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
+    'train': run_train,
+    'eval': run_eval,
+    'predict': run_predict,
+    'sweep': run_sweep,
+}
+
+
+def _workdir(flags: Flags) -> Path:
+    if 'workdir' not in flags:
+        raise UserError('--workdir: name the directory of the run')
+    return Path(flags['workdir'])
+
+
+def _config(flags: Flags, assignments: Sequence[str]) -> Any:
+    spec = flags.get('config') or str(_workdir(flags) / 'config.json')
+    config = config_lib.load(spec)
+    for assignment in assignments:
+        config_lib.override(config, assignment)
+    return config
+
+
+def _trained(workdir: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Returns a finished run's model, its variables, and what the file says of them."""
+    path = workdir / 'model.safetensors'
+    if not path.exists():
+        raise UserError(f'{path}: there is no such file; is {workdir} a finished run?')
+    try:
+        about = json.loads(pretrained.read(path).metadata['tl_jax'])
+    except (KeyError, ValueError):
+        raise UserError(f'{path}: does not say which model it holds; it was not written by a run') from None
+    model = config_lib.call(
+        experiment_lib.model_from,
+        {**about['model'], 'source': str(path)},
+        'config.model',
+        classes=len(about['class_names']),
+        dtype=jnp.dtype(about['dtype']),
+        load=True,
+    )
+    variables = model.init(jax.random.key(0), np.zeros((1, *about['input_shape']), np.float32))
+    return model, variables, about
+
+
+def _predict(model: Any) -> Callable:
+    return lambda variables, batch: model.apply(variables, inputs_of(batch), train=False)

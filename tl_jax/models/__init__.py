@@ -1,0 +1,71 @@
+"""Linen models by name: a backbone and, where a number of classes is given, a head.
+
+model = create_model('resnet18', num_classes=10)
+variables = model.init(key, image, train=False)       # {'params': {'backbone': …, 'head': …}, 'batch_stats': …}
+endpoints = model.apply(variables, image, train=False)  # every stage by name, 'features', 'logits'
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from tl_jax.config import call
+from tl_jax.errors import UserError, nearest
+from tl_jax.models import convnet, mobilenet, resnet
+from tl_jax.models.heads import HEADS
+
+MODELS = {**resnet.MODELS, **mobilenet.MODELS, **convnet.MODELS}
+
+
+class Classifier(nn.Module):
+    """A backbone and a head, as the roles `backbone` and `head` of the parameters."""
+
+    backbone: nn.Module
+    head: nn.Module | None = None
+
+    def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
+        """Returns the backbone's endpoints, with `logits` [batch, classes] where there is a head."""
+        endpoints = self.backbone(image, train)
+        if self.head is None:
+            return endpoints
+        return {**endpoints, 'logits': self.head(endpoints['features'], train)}
+
+
+def list_models() -> list[str]:
+    """Returns the name of every model, sorted."""
+    return sorted(MODELS)
+
+
+def create_model(
+    name: str, *, num_classes: int | None = None, head: str | Mapping[str, Any] = 'linear', **overrides: Any
+) -> Classifier:
+    """Builds a model.
+
+    Args:
+      name: one of `list_models()`.
+      num_classes: width of the logits; None for no head.
+      head: 'linear', 'mlp' or 'cosine', or with its fields: `dict(name='mlp', widths=[512], dropout=0.5)`.
+      **overrides: the backbone's own fields (see the module of its family), such as `dtype` and `width`.
+
+    Raises:
+      UserError: a name is unknown, or a field is, or its value has the wrong type.
+    """
+    if name not in MODELS:
+        raise UserError(f"model.name: there is no model '{name}'; {nearest(name, MODELS)}")
+    backbone = _construct(MODELS[name], overrides, 'model')
+    if num_classes is None:
+        return Classifier(backbone)
+    fields = {'name': head} if isinstance(head, str) else dict(head)
+    kind = fields.pop('name', 'linear')
+    if kind not in HEADS:
+        raise UserError(f"model.head: there is no head '{kind}'; {nearest(kind, HEADS)}")
+    return Classifier(backbone, _construct(HEADS[kind], fields, 'model.head', num_classes=num_classes))
+
+
+def _construct(constructor, fields: Mapping[str, Any], where: str, **extra: Any) -> nn.Module:
+    """Constructs a module from a config's fields. Lists become tuples, since Linen modules are hashed."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    # Linen's own two fields are not a config's.
+    return call(constructor, fields, where, parent=None, name=None, **extra)

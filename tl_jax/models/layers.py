@@ -1,0 +1,305 @@
+"""Convolution, batch normalisation and pooling, shared by every model. Layout NHWC; parameters and statistics float32.
+
+XLA's convolution on CPU is good where maps are large, and many times slower than a matrix product where they are small,
+for pointwise and depthwise kernels, and for most gradients with respect to the kernel. So on CPU `Conv` picks by shape
+among three forms of the same sum, one each for the output and the two gradients (`choose_forms`, which holds the figures):
+
+  'xla'      `jax.lax.conv_general_dilated`;
+  'patches'  the shifted, strided views of the input side by side, one matrix product: kh·kw times the input in memory;
+  'taps'     the sum over kernel positions of (shifted view @ that position's matrix), or of elementwise products where
+             every channel is a group of its own: one view in memory at a time.
+
+On GPU and TPU the form is always 'xla'. The platform is `jax.default_backend()`, read while tracing; a computation that is
+pinned to another platform gets a form that is slower there, never a wrong one, and `Conv(form=…)` sets it by hand.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+MAX_PATCH_BYTES = 64 * 2**20
+
+
+class Window(NamedTuple):
+    """The geometry of a convolution, all of it static. `padding` is ((top, bottom), (left, right))."""
+
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class Forms(NamedTuple):
+    """How to compute the output, and how its gradients with respect to the input and the kernel."""
+
+    output: str
+    input: str
+    kernel: str
+
+
+def choose_forms(x_shape: Sequence[int], kernel_shape: Sequence[int], window: Window) -> Forms:
+    """Returns the fastest forms on a CPU for these shapes.
+
+    Args:
+      x_shape: [batch, height, width, channels].
+      kernel_shape: [kernel height, kernel width, channels / groups, features].
+      window: the geometry.
+    """
+    *kernel_size, depth, _ = kernel_shape
+    kernel_positions = math.prod(kernel_size)
+    out_positions = math.prod(_output_size(x_shape[1:3], kernel_size, window))
+    if kernel_positions == 1:
+        return Forms('patches', 'patches', 'patches')
+    if window.groups > 1:
+        return Forms('taps', 'taps', 'taps')
+    if out_positions <= 64 and depth >= 32:
+        patch_bytes = 4 * x_shape[0] * out_positions * kernel_positions * depth
+        form = 'patches' if patch_bytes <= MAX_PATCH_BYTES else 'taps'
+        return Forms(form, form, form)
+    return Forms('xla', 'xla', 'taps' if depth >= 32 else 'xla')
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def convolve(
+    x: Float[Array, 'batch height width channels'],
+    kernel: Float[Array, 'rows columns depth features'],
+    window: Window,
+    forms: Forms,
+    dtype: Any = jnp.float32,
+) -> Float[Array, 'batch out_height out_width features']:
+    """Convolves with the named forms, differentiably to any order and in both modes.
+
+    A convolution is linear in each operand, so its derivative is the sum of two convolutions, each of which may be computed in
+    a form of its own; reverse mode transposes that form. Nothing else is special about the derivative.
+    """
+    return _FORMS[forms.output](x, kernel, window, dtype)
+
+
+@functools.partial(convolve.defjvp, symbolic_zeros=True)
+def _convolve_jvp(window, forms, dtype, primals, tangents):
+    x, kernel = primals
+    dx, dkernel = tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(_FORMS[forms.input](dx, kernel, window, dtype))
+    if not isinstance(dkernel, SymbolicZero):
+        terms.append(_FORMS[forms.kernel](x, dkernel, window, dtype))
+    y = convolve(x, kernel, window, forms, dtype)
+    return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+
+def _xla(x, kernel, window, dtype):
+    return lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        window.strides,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=window.groups,
+    )
+
+
+def _patches(x, kernel, window, dtype):
+    return _product(jnp.concatenate(_views(x, kernel.shape, window), -1), kernel, window.groups, dtype)
+
+
+def _taps(x, kernel, window, dtype):
+    taps = kernel.reshape(-1, *kernel.shape[2:])
+    views = _views(x, kernel.shape, window)
+    products = [_product(view, tap, window.groups, dtype) for view, tap in zip(views, taps, strict=True)]
+    return functools.reduce(jnp.add, products)
+
+
+_FORMS = {'xla': _xla, 'patches': _patches, 'taps': _taps}
+
+
+def _views(x, kernel_shape, window) -> list[Float[Array, 'batch out_height out_width groups depth']]:
+    """The input as each kernel position sees it, row by row."""
+    kernel_size = kernel_shape[:2]
+    height, width = _output_size(x.shape[1:3], kernel_size, window)
+    (row_stride, column_stride), (row_step, column_step) = window.strides, window.dilation
+    x = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
+    views = []
+    for row, column in itertools.product(*map(range, kernel_size)):
+        rows = slice(row * row_step, row * row_step + (height - 1) * row_stride + 1, row_stride)
+        columns = slice(column * column_step, column * column_step + (width - 1) * column_stride + 1, column_stride)
+        view = x[:, rows, columns]
+        views.append(view.reshape(*view.shape[:3], window.groups, -1))
+    return views
+
+
+def _output_size(size: Sequence[int], kernel_size: Sequence[int], window: Window) -> list[int]:
+    return [
+        (n + sum(pad) - d * (k - 1) - 1) // s + 1
+        for n, k, s, pad, d in zip(size, kernel_size, window.strides, window.padding, window.dilation, strict=True)
+    ]
+
+
+def _product(views, matrices, groups, dtype):
+    """[batch, height, width, groups, depth] @ [depth, groups · features] -> [batch, height, width, groups · features].
+
+    Only the operands of dots are cast to `dtype`: on CPU elementwise work is slower in bfloat16 than in float32.
+    """
+    *where, _, depth = views.shape
+    matrices = matrices.reshape(depth, groups, -1)
+    if depth == 1:
+        return (views * matrices[0]).reshape(*where, -1)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    views, matrices = views.astype(dtype), matrices.astype(dtype)
+    if groups == 1:
+        return dot('bhwi,io->bhwo', views[..., 0, :], matrices[:, 0])
+    return dot('bhwgi,igo->bhwgo', views, matrices).reshape(*where, -1)
+
+
+def kaiming(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Normal with variance 2 / fan-out (He et al. 2015, arXiv:1502.01852), as torchvision starts its networks.
+
+    Drawn in one dimension: XLA's CPU compiler takes four times as long over the same numbers in four.
+    """
+    fan_out = math.prod(shape) // shape[-2]
+    return math.sqrt(2 / fan_out) * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+
+
+class Conv(nn.Module):
+    """A 2-D convolution with the parameters of `nn.Conv` (`kernel` [rows, columns, depth, features], `bias`), and equal to it.
+
+    Attributes:
+      features: output channels.
+      kernel_size: (rows, columns), or one number for both.
+      strides: one number for both axes.
+      padding: 'same' and 'valid' as XLA and TensorFlow have them, or the rows and columns of zeros on every side, as torch.
+      dilation: spacing of the kernel's positions.
+      groups: `feature_group_count`; equal to the input's channels for a depthwise convolution.
+      use_bias: whether there is one.
+      dtype: of the computation. On CPU only the operands of matrix products take it; what comes out is float32.
+      form: 'xla', 'patches' or 'taps' for all three of output and gradients; None for the measured choice.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int] = 3
+    strides: int = 1
+    padding: int | str = 0
+    dilation: int = 1
+    groups: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    form: str | None = None
+    kernel_init: nn.initializers.Initializer = kaiming
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'batch height width channels']) -> Float[Array, 'batch rows columns features']:
+        kernel_size = _pair(self.kernel_size)
+        kernel_shape = (*kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param('kernel', self.kernel_init, kernel_shape, jnp.float32)
+        padding = _pad_amounts(self.padding, x.shape[1:3], kernel_size, self.strides, self.dilation)
+        window = Window(_pair(self.strides), padding, _pair(self.dilation), self.groups)
+        if self.form:
+            forms = Forms(self.form, self.form, self.form)
+        elif jax.default_backend() == 'cpu':
+            forms = choose_forms(x.shape, kernel_shape, window)
+        else:
+            forms = Forms('xla', 'xla', 'xla')
+        y = convolve(x, kernel, window, forms, jnp.dtype(self.dtype))
+        if self.use_bias:
+            y = y + self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)
+        return y
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _pad_amounts(padding, size, kernel_size, stride, dilation):
+    if isinstance(padding, int):
+        return ((padding, padding),) * 2
+    reach = [dilation * (k - 1) + 1 for k in kernel_size]
+    return tuple(map(tuple, lax.padtype_to_pads(size, reach, _pair(stride), padding.upper())))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with torch's semantics and in float32.
+
+    In training it normalises by the batch's mean and biased variance and moves the running statistics by
+    `(1 - momentum) · (batch - running)`, where the batch's variance is the unbiased one. Under `jax.jit` over a mesh "the
+    batch" is the global one. In evaluation it uses the running statistics.
+
+    A `batch_stats` node that also holds a leaf named `frozen` (its value is of no account) is used as it stands, as in
+    evaluation, and is not changed, whatever `train` says: that is how a training loop freezes a layer's statistics.
+
+    Attributes:
+      momentum: the share of the old running statistics that is kept; torch's `1 - momentum`.
+      epsilon: added to the variance.
+      dtype: of the output. On CPU it is float32 in any case, as elementwise bfloat16 is slow there.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, '*batch channels'], train: bool) -> Float[Array, '*batch channels']:
+        shape = x.shape[-1:]
+        scale = self.param('scale', nn.initializers.ones, shape, jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
+        running_mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
+        running_var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
+        x = x.astype(jnp.float32)
+        mean, var = running_mean.value, running_var.value
+        if train and not self.has_variable('batch_stats', 'frozen'):
+            axes = tuple(range(x.ndim - 1))
+            mean, var = jnp.mean(x, axes), jnp.var(x, axes)
+            count = x.size // x.shape[-1]
+            if not self.is_initializing() and self.is_mutable_collection('batch_stats'):
+                step = 1 - self.momentum
+                running_mean.value += step * (mean - running_mean.value)
+                running_var.value += step * (var * (count / max(count - 1, 1)) - running_var.value)
+        y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y if jax.default_backend() == 'cpu' else y.astype(self.dtype)
+
+
+def max_pool(x: Float[Array, 'batch height width channels'], window: int, stride: int, padding: int = 0):
+    """The maximum over windows of `window × window`, `padding` minus infinities on every side; ties: the first, as in torch.
+
+    On CPU it is taken along the columns and then the rows, as an elementwise maximum of shifted views: XLA's gradient of a
+    window reduction is several times slower there (112×112×64, batch 16: 665 ms forward and backward, against 160 ms).
+    """
+    if jax.default_backend() != 'cpu':
+        return nn.max_pool(x, (window, window), (stride, stride), ((padding, padding),) * 2)
+    for axis in (2, 1):
+        x = _max_along(x, axis, window, stride, padding)
+    return x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _max_along(x, axis, window, stride, padding):
+    return functools.reduce(jnp.maximum, _shifted(x, axis, window, stride, padding, -jnp.inf))
+
+
+@_max_along.defjvp
+def _max_along_jvp(axis, window, stride, padding, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = _max_along(x, axis, window, stride, padding)
+    dy, taken = jnp.zeros_like(y), jnp.zeros(y.shape, bool)
+    values = _shifted(x, axis, window, stride, padding, -jnp.inf)
+    changes = _shifted(dx, axis, window, stride, padding, 0.0)
+    for value, change in zip(values, changes, strict=True):
+        first = (value == y) & ~taken
+        dy, taken = dy + jnp.where(first, change, 0), taken | first
+    return y, dy
+
+
+def _shifted(x, axis, window, stride, padding, fill) -> list[Array]:
+    pads = [(padding, padding, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)]
+    x = lax.pad(x, jnp.asarray(fill, x.dtype), pads)
+    count = (x.shape[axis] - window) // stride + 1
+    return [lax.slice_in_dim(x, k, k + (count - 1) * stride + 1, stride, axis) for k in range(window)]

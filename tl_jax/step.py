@@ -1,0 +1,83 @@
+"""One step: the pure function that the loop compiles, and the layout of the state that it maps to the next."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tl_jax import mesh as mesh_lib
+from tl_jax import trees
+from tl_jax.experiment import Experiment
+from tl_jax.gradients import Gradient
+from tl_jax.objectives import Objective, phases_of
+from tl_jax.optimizers import Partition
+from tl_jax.state import (
+    Layout,
+    TrainState,
+    create_state,
+    enter_stage,
+    frozen_statistics,
+    variables_of,
+    without_markers,
+)
+
+
+def create_train_step(
+    objective: Objective, gradient: Gradient, partition: Partition, clip_norm: float, ema: float
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the pure function of one step: each phase's gradient of its trainable parameters, and their update.
+
+    Frozen parameters are constants to it, so nothing is computed for them; statistics of frozen layers stay.
+    """
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        trainable, frozen = trees.split(state.params, partition.trainable.__contains__)
+        collections, opt_state, metrics = variables_of(state), state.opt_state, {}
+        del collections['params']
+        if 'batch_stats' in collections:
+            markers = frozen_statistics(collections['batch_stats'], state.params, partition.trainable)
+            collections['batch_stats'] = trees.merge(collections['batch_stats'], markers)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        for number, phase in enumerate(phases_of(objective)):
+            moving, still = trees.split(trainable, partition.phases[number].__contains__)
+
+            def loss(moving, collections, batch, key, phase=phase, still=still):
+                variables = {'params': trees.merge(frozen, still, moving), **collections}
+                return phase.loss(variables, batch, key)
+
+            grads, value, aux = gradient(loss)(moving, collections, batch, jax.random.fold_in(key, number))
+            squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
+            norm = jnp.sqrt(jnp.sum(squares))
+            if clip_norm:
+                grads = jax.tree.map(lambda g, n=norm: g * jnp.minimum(1.0, clip_norm / n).astype(g.dtype), grads)
+            trainable, opt_state = partition.update(number, grads, opt_state, trainable)
+            collections = trees.merge(collections, aux.collections)
+            prefix = f'train/{phase.name}/' if len(partition.phases) > 1 else 'train/'
+            metrics |= {f'{prefix}loss': value, **{prefix + k: v for k, v in aux.metrics.items()}}
+            metrics |= {f'{prefix}grad_norm': norm, f'{prefix}bad_leaf': jnp.argmin(jnp.isfinite(squares))}
+        if 'batch_stats' in collections:
+            collections['batch_stats'] = without_markers(collections['batch_stats'])
+        if ema:
+            mean = jax.tree.map(lambda m, p: ema * m + (1 - ema) * p, state.collections['ema'], trainable)
+            collections['ema'] = mean
+        params = trees.merge(frozen, trainable)
+        return TrainState(state.step + 1, params, collections, opt_state, state.key), metrics
+
+    return train_step
+
+
+def layouts(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[int], Layout]:
+    """Returns a function from the number of a stage to the layout of its states on the mesh."""
+    shapes = jax.eval_shape(lambda v: create_state(v, experiment.config['seed']), experiment.shapes())
+    by_parameter = mesh_lib.parameter_shardings(shapes.params, experiment.config['sharding'], mesh)
+
+    @functools.cache
+    def layout_of(number: int) -> Layout:
+        partition = experiment.partition(number, shapes.params)
+        state = jax.eval_shape(lambda s: enter_stage(s, partition, ema=experiment.config['ema']), shapes)
+        shardings = mesh_lib.state_shardings(state, by_parameter, mesh)
+        return Layout(partition, jax.tree.map(lambda s, n: s.update(sharding=n), state, shardings))
+
+    return layout_of

@@ -1,0 +1,276 @@
+"""The loop: one function trains every method, on any mesh, through any stages, and resumes exactly."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tl_jax import data as data_lib
+from tl_jax import mesh as mesh_lib
+from tl_jax import trees
+from tl_jax import workdir as workdir_lib
+from tl_jax.checkpoint import Checkpoints, Place
+from tl_jax.config import call, resolve
+from tl_jax.errors import UserError
+from tl_jax.evaluate import create_eval_step, evaluate
+from tl_jax.experiment import Experiment, build, bytes_of, parameter_count
+from tl_jax.metrics import figures_of
+from tl_jax.optimizers import Partition
+from tl_jax.pretrained import save_variables
+from tl_jax.progress import Progress, say
+from tl_jax.selection import Selection, selection_from
+from tl_jax.state import Layout, TrainState, create_state, enter_stage, variables_of
+from tl_jax.step import create_train_step, layouts
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved; the same command resumes it."""
+
+
+class Run(NamedTuple):
+    """What the stages of a run share."""
+
+    workdir: Path
+    experiment: Experiment
+    mesh: jax.sharding.Mesh
+    layout_of: Callable[[int], Layout]
+    selection: Selection
+    checkpoints: Checkpoints
+    log: workdir_lib.MetricsLog
+    eval_step: Callable
+    seconds: Callable[[], float]
+
+
+def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainState:
+    """Trains what a config says and returns the selected state; its directory holds all that happened.
+
+    Args:
+      config: see `tl_jax.config.DEFAULTS`.
+      workdir: of this run; started again with the same config, it resumes where it stopped, bit for bit.
+
+    Raises:
+      UserError: the input is bad, or training became non-finite.
+      Preempted: SIGTERM came; everything is saved.
+    """
+    config, workdir, about = resolve(config), Path(workdir), workdir_lib.environment()
+    start = time.perf_counter()
+    mesh = call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
+    for field in ('batch_size', 'eval_batch_size'):
+        mesh_lib.check_batch_size(config[field], mesh, f'config.{field}')
+    experiment = build(config)
+    layout_of = layouts(experiment, mesh)
+    for number in range(len(experiment.stages)):  # every rule is tried before the first step
+        layout_of(number)
+    selection = selection_from(config['select_by'], list(experiment.data.eval), list(experiment.data.test))
+    # Nothing is written before the weights are read: a bad checkpoint leaves no directory behind.
+    state = None if workdir_lib.holds_run(workdir, config) else initial_state(experiment, mesh)
+    workdir_lib.claim(workdir, config)
+    checkpoints = Checkpoints(workdir, keep=config['keep'])
+    restored = checkpoints.restore_latest(layout_of)
+    if restored:
+        say(f'resuming {workdir} at step {int(restored[0].step)}')
+    state, place = restored or (state or initial_state(experiment, mesh), None)
+    log = workdir_lib.MetricsLog(workdir, resume_step=int(state.step))
+    before = next((r['seconds'] for r in reversed(log.records) if 'seconds' in r), 0.0)
+    eval_step = create_eval_step(experiment.objective.predict)
+    seconds = lambda: before + time.perf_counter() - start
+    run = Run(workdir, experiment, mesh, layout_of, selection, checkpoints, log, eval_step, seconds)
+
+    with sigterm() as asked_to_stop, contextlib.closing(log), contextlib.closing(checkpoints):
+        for number in range(place.stage if place else 0, len(experiment.stages)):
+            if place is None or place.stage != number:
+                place = Place(number, int(state.step))
+                state = begin_stage(run, state, number)
+            state = train_stage(run, state, place, asked_to_stop)
+        checkpoints.wait()
+        steps, best = int(state.step), selection.best(log.records)
+        if best and best['step'] != steps:
+            state, _ = checkpoints.restore(best['step'], layout_of)
+        summary = {'steps': steps, **final_figures(run, state), 'seconds': seconds(), **about}
+        if jax.process_index() == 0:
+            workdir_lib.write_json(workdir / 'summary.json', summary)
+    return state
+
+
+def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: threading.Event) -> TrainState:
+    """Runs one stage from wherever `state` is in it to its end; the loop."""
+    config, objective = run.experiment.config, run.experiment.objective
+    layout, stage, data = run.layout_of(place.stage), run.experiment.stages[place.stage], run.experiment.data
+    step, first, end = int(state.step), place.first_step, place.first_step + stage.steps
+    watched = {**data.eval, **(data.test if run.selection.oracle else {})}
+    train_step = jax.jit(
+        create_train_step(objective, run.experiment.gradient, layout.partition, config['clip_norm'], config['ema']),
+        donate_argnums=0,
+        out_shardings=(layout.shardings, None),
+    )
+    progress = Progress(stage.name, first, end, config['batch_size'])
+    pending: list[dict[str, Any]] = []
+    batches = data_lib.iterate(data.streams, step, jax.process_index(), jax.process_count())
+    with contextlib.closing(batches):
+        while step < end and not run.selection.exhausted(run.log.records, place.stage, config['patience']):
+            if objective.refresh and (step == first or due(step - first, config['refresh_every'])):
+                changed = objective.refresh(variables_of(state), data.sources)
+                state = state._replace(collections=trees.merge(state.collections, changed))
+            state, metrics = train_step(state, mesh_lib.put_batch(next(batches), run.mesh))
+            step += 1
+            pending.append(metrics)
+            last, stop = step == end, mesh_lib.preempted(asked_to_stop.is_set(), step)
+            evaluating = bool(watched) and (last or due(step - first, config['eval_every']))
+            saving = last or stop or due(step - first, config['checkpoint_every'])
+            saving |= evaluating and (bool(run.selection.field) or not config['checkpoint_every'])
+            if evaluating or saving or due(step - first, config['log_every']):
+                values = settle(pending, step, run.experiment, layout.partition)
+                values |= learning_rates(layout.partition, step - 1 - first)
+                values |= {'examples_per_second': progress.rate(step), 'seconds': run.seconds()}
+                run.log.write(step, place.stage, values)
+                progress.show(step, values)
+                pending = []
+            score = None
+            if evaluating:
+                values = evaluate_splits(run, state, watched)
+                run.log.write(step, place.stage, values)
+                progress.show(step, values, keep=True)
+                score = run.selection.score(values)
+            if saving:
+                run.checkpoints.save(state, place, layout.partition.trainable, score=score)
+            if stop:
+                run.checkpoints.wait()
+                raise Preempted(
+                    f'{run.workdir}: stopped by SIGTERM, saved at step {step}; resume with the same command'
+                )
+    return state
+
+
+def initial_state(experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
+    """Initialises, which also loads pretrained weights; what a stage adds is built by `begin_stage` from the result."""
+    seed = experiment.config['seed']
+    state = create_state(experiment.init(jax.random.key(seed), experiment.batch), seed)
+    by_parameter = mesh_lib.parameter_shardings(state.params, experiment.config['sharding'], mesh)
+    return mesh_lib.put(state, mesh_lib.state_shardings(state, by_parameter, mesh))
+
+
+def begin_stage(run: Run, state: TrainState, number: int) -> TrainState:
+    """Builds the stage's optimizer and averages, stores what it leaves alone, and says what it trains."""
+    layout, ema = run.layout_of(number), run.experiment.config['ema']
+    enter = jax.jit(lambda s: enter_stage(s, layout.partition, ema=ema), out_shardings=layout.shardings)
+    state = enter(state)
+    run.checkpoints.save_frozen(state, number, layout.partition.trainable)
+    trained, frozen = trees.split(state.params, layout.partition.trainable.__contains__)
+    say(
+        f'{run.experiment.stages[number].name}: trains {parameter_count(trained):,} parameters, '
+        f'{parameter_count(frozen):,} frozen; optimizer state {bytes_of(state.opt_state) / 1e6:.2f} MB'
+    )
+    return state
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens every so many steps of a stage happens after `done` of them."""
+    return every > 0 and done % every == 0
+
+
+def settle(pending: list[dict[str, Any]], step: int, experiment: Experiment, partition: Partition) -> dict[str, float]:
+    """Fetches the metrics of the steps up to `step` and averages them.
+
+    Raises:
+      UserError: a loss or gradient was not finite; names the step, the examples and the first leaf. Nothing of it has
+        been saved: this comes before every save.
+    """
+    records = jax.device_get(pending)
+    for offset, record in enumerate(records):
+        bad = next((k for k, v in record.items() if k.endswith(('loss', 'grad_norm')) and not np.isfinite(v)), None)
+        if bad:
+            _refuse_nonfinite(bad, record, step - len(records) + offset, experiment, partition)
+    return figures_of([{k: v for k, v in r.items() if not k.endswith('bad_leaf')} for r in records])
+
+
+def _refuse_nonfinite(
+    bad: str, record: Mapping[str, Any], step: int, experiment: Experiment, partition: Partition
+) -> None:
+    where = []
+    for name, stream in experiment.data.streams.items():
+        batch = stream.batch_at(step)
+        for field, values in batch.items():
+            finite = np.isfinite(values) if np.issubdtype(values.dtype, np.floating) else np.ones(values.shape, bool)
+            rows = np.flatnonzero(~finite.reshape(len(finite), -1).all(1))
+            if len(rows):
+                raise UserError(
+                    f"step {step}: stream '{name}', example {batch['index'][rows[0]]}: its {field} is not finite"
+                )
+        shown = ' '.join(map(str, batch['index'][:16])) + (' …' if len(batch['index']) > 16 else '')
+        where.append(f"stream '{name}' examples {shown}")
+    phase = [k.rpartition('/')[0] for k in record if k.endswith('bad_leaf')].index(bad.rpartition('/')[0])
+    paths = jax.tree.leaves(trees.unflatten({path: path for path in partition.phases[phase]}))
+    leaf = paths[int(record[bad.rpartition('/')[0] + '/bad_leaf'])]
+    raise UserError(
+        f"step {step}: {bad} is {float(record[bad])}, first in the gradient of '{leaf}' ({'; '.join(where)}); lower the "
+        'learning rate or set config.clip_norm; the last good checkpoint is kept'
+    )
+
+
+def learning_rates(partition: Partition, step: int) -> dict[str, float]:
+    """The learning rate of each rule at a step of the stage."""
+    rates = {rule: float(schedule(step)) for rule, schedule in partition.schedules.items()}
+    return (
+        {'lr': next(iter(rates.values()))} if len(rates) == 1 else {f'lr/{rule}': rate for rule, rate in rates.items()}
+    )
+
+
+def evaluate_splits(run: Run, state: TrainState, splits: Mapping[str, Any]) -> dict[str, float]:
+    """Returns `{'<split>/<metric>': value}`."""
+    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
+    figures = {}
+    for split, source in splits.items():
+        values, _ = evaluate(run.eval_step, variables, run.experiment.data.batches(source), run.mesh)
+        figures |= {f'{split}/{name}': value for name, value in values.items()}
+    return figures
+
+
+def final_figures(run: Run, state: TrainState) -> dict[str, Any]:
+    """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
+    config, data = run.experiment.config, run.experiment.data
+    variables = variables_of(state, averaged=config['ema'] > 0)
+    metrics = {}
+    for split, source in {**data.eval, **data.test}.items():
+        values, predictions = evaluate(run.eval_step, variables, data.batches(source), run.mesh, predictions=True)
+        metrics |= {f'{split}/{name}': value for name, value in values.items()}
+        if jax.process_index() == 0:
+            path = run.workdir / 'predictions' / f'{split}.npz'
+            workdir_lib.save_predictions(path, predictions, data.class_names, source)
+    if jax.process_index() == 0:
+        card = workdir_lib.model_card(config, data.class_names, run.experiment.batch)
+        save_variables(run.workdir / 'model.safetensors', mesh_lib.to_host(variables), card)
+    stages = [run.layout_of(number) for number in range(len(run.experiment.stages))]
+    return {
+        'name': config['name'],
+        'seed': config['seed'],
+        'select_by': str(run.selection),
+        'selected_step': int(state.step),
+        'metrics': metrics,
+        'parameters': {
+            'total': parameter_count(state.params),
+            'trainable': [
+                parameter_count(trees.split(x.state.params, x.partition.trainable.__contains__)[0]) for x in stages
+            ],
+            'bytes_optimizer': [bytes_of(x.state.opt_state) for x in stages],
+        },
+    }
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in place of ending the process, while the context lasts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
