@@ -10,6 +10,7 @@ import sys
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
+import jax
 from absl import logging
 
 from tl_jax import jobs
@@ -41,6 +42,14 @@ def parse(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     return flags, assignments
 
 
+def keep_compilations() -> None:
+    """Keeps compiled programs between runs: a resumed or repeated run starts at once."""
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+        jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'tl_jax'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
 def main(arguments: list[str]) -> None:
     if not arguments or '--help' in arguments:
         print(__doc__ + '\n' + '\n'.join(f'  --{name:8} {meaning}' for name, meaning in FLAGS.items()))
@@ -50,6 +59,7 @@ def main(arguments: list[str]) -> None:
     if mode not in jobs.JOBS:
         raise UserError(f"--mode: unknown mode '{mode}'; {nearest(mode, jobs.JOBS)}")
     start_processes()
+    keep_compilations()
     jobs.JOBS[mode](flags, assignments)
 
 

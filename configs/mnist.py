@@ -13,7 +13,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     mnist = arg or '../shared/data/mnist.npz'
     c = ml_collections.ConfigDict()
     c.name = 'convnet on MNIST'
-    c.model = dict(name='convnet', widths=[32, 64, 64])
+    c.model = dict(name='convnet', widths=[16, 32, 64])
     c.data = dict(
         train=f'npz:{mnist}/train[5000:]',
         eval=f'npz:{mnist}/train[:5000]',

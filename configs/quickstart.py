@@ -14,13 +14,13 @@ import ml_collections
 FULL = dict(name='adamw', lr=1e-3, weight_decay=0.01)
 PROBE = dict(name='adamw', lr=1e-2, weight_decay=0.01)
 STRATEGIES = {
-    'scratch': [dict(name='scratch', steps=200, train=[('.*', FULL)])],
-    'probe': [dict(name='probe', steps=200, train=[('head/.*', PROBE)])],
-    'full': [dict(name='full', steps=200, train=[('.*', FULL)])],
+    'scratch': [dict(name='scratch', steps=100, train=[('.*', FULL)])],
+    'probe': [dict(name='probe', steps=100, train=[('head/.*', PROBE)])],
+    'full': [dict(name='full', steps=100, train=[('.*', FULL)])],
     # Kumar et al. 2022, arXiv:2202.10054: fit the head first, so that its random start does not distort the features.
     'lp_ft': [
-        dict(name='probe', steps=100, train=[('head/.*', PROBE)]),
-        dict(name='full', steps=100, train=[('.*', dict(FULL, lr=3e-4))]),
+        dict(name='probe', steps=50, train=[('head/.*', PROBE)]),
+        dict(name='full', steps=50, train=[('.*', dict(FULL, lr=3e-4))]),
     ],
 }
 
@@ -28,7 +28,7 @@ STRATEGIES = {
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.name = f'MNIST → digits, {arg}'
-    c.model = dict(name='convnet', widths=[32, 64, 64], source=None)
+    c.model = dict(name='convnet', widths=[16, 32, 64], source=None)
     if arg != 'scratch':
         c.model.update(source='shipped:mnist_convnet', fresh=['head/.*'])
     # A digit of MNIST fills 20 of its 28 pixels.
@@ -43,8 +43,8 @@ def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
     c.batch_size = 50
     c.eval_batch_size = 300
     c.stages = STRATEGIES[arg]
-    c.eval_every = 50
-    c.log_every = 50
+    c.eval_every = 25
+    c.log_every = 25
     c.select_by = 'val/accuracy'
     c.keep = 1
     return c

@@ -2,55 +2,54 @@
 
     python tests/parity/make_golden_models.py     # needs torch and torchvision beside this project's requirements
 
-Stored for each case: logits in evaluation mode; logits in training mode; the gradient of the training logits' sum of squares with
-respect to the first kernel; the running variance of the last norm after that training step. Weights are not stored:
-`draw_variables` makes them from each leaf's path.
+Stored for each case: the logits in evaluation and in training mode; the gradient of the training logits' sum of squares
+with respect to the first kernel; the last norm's running variance after that step. Weights are not stored:
+`draw_variables` makes each leaf from its path.
 """
 
-import functools
-import re
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = Path(__file__).with_name('golden_models.npz')
 CLASSES = 7
 IMAGE_SHAPE = (4, 32, 32, 3)
-STAGES = dict(widths=(8, 16, 24, 32), stem_width=8)
-# Name: model and its overrides; small, but with every kind of block and shortcut.
-CASES = {
-    'basic': ('resnet18', dict(stage_sizes=(2, 1, 1, 1), **STAGES)),
-    'bottleneck': ('resnet50', dict(stage_sizes=(1, 2, 1, 1), **STAGES)),
-    'cifar': ('resnet20', dict(stage_sizes=(2, 1, 2))),
-    'mobilenet': ('mobilenet_v2', dict(width=0.1)),
-}
 FIRST_KERNEL = 'params/backbone/stem/conv/kernel'
 
 
-def last_variance(case: str) -> str:
-    norm = {
-        'basic': 'stage4/block1/norm2',
-        'bottleneck': 'stage4/block1/norm3',
-        'cifar': 'stage3/block2/norm2',
-        'mobilenet': 'final/norm',
-    }[case]
-    return f'batch_stats/backbone/{norm}/var'
+class Case(NamedTuple):
+    """A model of ours, small, and the path of its last running variance."""
+
+    model: str
+    overrides: Mapping[str, Any]
+    last_variance: str
+
+
+_SMALL = dict(widths=(8, 16, 24, 32), stem_width=8)
+CASES = {
+    'basic': Case('resnet18', dict(stage_sizes=(2, 1, 1, 1), **_SMALL), 'stage4/block1/norm2'),
+    'bottleneck': Case('resnet50', dict(stage_sizes=(1, 2, 1, 1), **_SMALL), 'stage4/block1/norm3'),
+    'cifar': Case('resnet20', dict(stage_sizes=(2, 1, 2)), 'stage3/block2/norm2'),
+    'mobilenet': Case('mobilenet_v2', dict(width=0.1), 'final/norm'),
+}
 
 
 def draw_image() -> np.ndarray:
     return np.random.default_rng(0).standard_normal(IMAGE_SHAPE, np.float32)
 
 
-def draw_variables(shapes: Mapping, path: str = '') -> dict:
-    """Returns float32 arrays in place of a nested dict of shaped leaves, each a function of its path alone."""
+def draw_variables(shapes: Any, path: str = '') -> Any:
+    """Returns float32 arrays in place of a nested dict of shaped leaves, each a function of its path and shape alone."""
     if isinstance(shapes, Mapping):
-        return {k: draw_variables(v, f'{path}/{k}'.lstrip('/')) for k, v in shapes.items()}
-    rng = np.random.default_rng(zlib.crc32(path.encode()))
-    values = rng.standard_normal(shapes.shape)
+        return {name: draw_variables(node, f'{path}/{name}'.lstrip('/')) for name, node in shapes.items()}
+    values = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shapes.shape)
     leaf = path.rpartition('/')[2]
     if leaf == 'kernel':
         values *= np.sqrt(2 / np.prod(shapes.shape[:-1]))
@@ -61,108 +60,85 @@ def draw_variables(shapes: Mapping, path: str = '') -> dict:
     return values.astype(np.float32)
 
 
-def leaf(variables: Mapping, path: str) -> np.ndarray:
-    return functools.reduce(lambda node, key: node[key], path.split('/'), variables)
-
-
 def main():
+    sys.path.insert(0, str(ROOT))
     import torch
 
+    from tl_jax import trees
     from tl_jax.models import create_model
 
     golden = {}
     image = torch.from_numpy(draw_image()).permute(0, 3, 1, 2)
-    for case, (name, overrides) in CASES.items():
-        model = create_model(name, num_classes=CLASSES, **overrides)
+    for name, case in CASES.items():
+        model = create_model(case.model, num_classes=CLASSES, **case.overrides)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(IMAGE_SHAPE))
-        reference = torch_model(case)
-        names = torch_names(draw_variables(shapes))
-        reference.load_state_dict(names, strict=True)
-        reference.eval()
-        golden[f'{case}/eval'] = reference(image).detach().numpy()
-        reference.train()
-        logits = reference(image)
+        reference = torch_model(name)
+        names = load(reference, trees.flatten(draw_variables(shapes)))
+        golden[f'{name}/eval'] = reference.eval()(image).detach().numpy()
+        logits = reference.train()(image)
         (logits**2).sum().backward()
-        golden[f'{case}/train'] = logits.detach().numpy()
-        parameters, buffers = dict(reference.named_parameters()), dict(reference.named_buffers())
-        first, last = torch_name(FIRST_KERNEL), torch_name(last_variance(case))
-        golden[f'{case}/gradient'] = parameters[first].grad.permute(2, 3, 1, 0).numpy()
-        golden[f'{case}/variance'] = buffers[last].numpy()
+        kernel = reference.get_parameter(names[FIRST_KERNEL])
+        variance = reference.get_buffer(names[f'batch_stats/backbone/{case.last_variance}/var'])
+        golden[f'{name}/train'] = logits.detach().numpy()
+        golden[f'{name}/gradient'] = kernel.grad.permute(2, 3, 1, 0).numpy()
+        golden[f'{name}/variance'] = variance.numpy()
     np.savez_compressed(GOLDEN, **golden)
     print(f'{GOLDEN}: {GOLDEN.stat().st_size} bytes, torch {torch.__version__}')
 
 
-def torch_model(case: str):
-    """torchvision's network with our small widths; option A's, which torchvision has not, after the paper."""
+def load(reference, variables: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Gives a torch network our variables, all of them, and returns `{our path: torch's name}`."""
+    import torch
+
+    from tl_jax.pretrained import names
+
+    tensors = reference.state_dict()
+    name_map = names.choose(tensors, 'torch')
+    torch_names = {}
+    for name, tensor in tensors.items():
+        if target := names.target(name_map, name):
+            value = variables[target.path]
+            value = value.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim])
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(value)).reshape(tensor.shape)
+            torch_names[target.path] = name
+    assert torch_names.keys() == variables.keys()
+    reference.load_state_dict(tensors)
+    return torch_names
+
+
+def torch_model(name: str):
+    """torchvision's network with our small sizes."""
     import torch
 
     operators = torch.library.Library('torchvision', 'FRAGMENT')
     for operator in ('nms', 'qnms'):  # what a torchvision without its compiled operators asks for
-        operators.define(f'{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor')
+        if not hasattr(torch.ops.torchvision, operator):
+            operators.define(f'{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor')
     from torchvision.models import mobilenetv2, resnet
 
-    if case == 'mobilenet':
-        return mobilenetv2.MobileNetV2(num_classes=CLASSES, width_mult=CASES[case][1]['width'], dropout=0.0)
-    sizes = CASES[case][1]['stage_sizes']
-    widths = CASES[case][1].get('widths', (16, 32, 64))
-    block = resnet.Bottleneck if case == 'bottleneck' else resnet.BasicBlock
+    class OptionA(torch.nn.Module):  # section 3.3 of He et al.; torchvision has the projection only
+        def forward(self, x):
+            zeros = x.shape[1] // 2
+            return torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, zeros, zeros))
+
+    overrides = CASES[name].overrides
+    if name == 'mobilenet':
+        return mobilenetv2.MobileNetV2(num_classes=CLASSES, width_mult=overrides['width'], dropout=0.0)
+    widths = overrides.get('widths', (16, 32, 64))
+    block = resnet.Bottleneck if name == 'bottleneck' else resnet.BasicBlock
     model = resnet.ResNet(block, [1, 1, 1, 1])
     model.inplanes = widths[0]
-    for i, (size, width) in enumerate(zip(sizes, widths, strict=True), start=1):
+    for i, (size, width) in enumerate(zip(overrides['stage_sizes'], widths, strict=True), start=1):
         setattr(model, f'layer{i}', model._make_layer(block, width, size, stride=1 if i == 1 else 2))
     model.conv1 = torch.nn.Conv2d(3, widths[0], 7, 2, 3, bias=False)
     model.bn1 = torch.nn.BatchNorm2d(widths[0])
     model.fc = torch.nn.Linear(widths[-1] * block.expansion, CLASSES)
-    if case == 'cifar':
+    if name == 'cifar':
         model.conv1 = torch.nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         model.maxpool = model.layer4 = torch.nn.Identity()
-        for layer, width in ((model.layer2, widths[1]), (model.layer3, widths[2])):
-            layer[0].downsample = OptionA(width)
+        model.layer2[0].downsample, model.layer3[0].downsample = OptionA(), OptionA()
     return model
 
 
-class OptionA:
-    """Every other position, and a quarter of the new channels as zeros on each side."""
-
-    def __new__(cls, width: int):
-        import torch
-
-        class Shortcut(torch.nn.Module):
-            def forward(self, x):
-                return torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, width // 4, width // 4))
-
-        return Shortcut()
-
-
-def torch_names(variables: Mapping) -> dict:
-    """Our variables as a torch state dict."""
-    import torch
-
-    flat = {}
-
-    def visit(node, path):
-        if isinstance(node, Mapping):
-            for key, value in node.items():
-                visit(value, f'{path}/{key}'.lstrip('/'))
-        else:
-            axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[node.ndim]
-            name = torch_name(path)
-            flat[name] = torch.from_numpy(np.ascontiguousarray(node.transpose(axes)))
-            if name.endswith('running_var'):
-                flat[name.replace('running_var', 'num_batches_tracked')] = torch.zeros((), dtype=torch.int64)
-
-    visit(variables, '')
-    return flat
-
-
-def torch_name(path: str) -> str:
-    """Our path as torchvision's name, for both families (`block` directly under the backbone: MobileNetV2)."""
-    collection, role, *modules, leaf_name = path.split('/')
-    norm = bool(modules) and 'norm' in modules[-1]
-    leaf_name = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}.get(
-        leaf_name, leaf_name
-    )
-    if role == 'head':
-        return f'HEAD.{leaf_name}'
-    del collection, norm
-    return f'{"/".join(modules)}.{leaf_name}'
+if __name__ == '__main__':
+    main()
