@@ -5,6 +5,7 @@ function's signature says what is allowed, of which type, and what the default i
 """
 
 import ast
+import copy
 import functools
 import importlib.util
 import inspect
@@ -58,7 +59,16 @@ def load(spec: str) -> ml_collections.ConfigDict:
     module, arg = load_module(spec)
     if not hasattr(module, 'get_config'):
         raise UserError(f'--config: {spec.partition(":")[0]} defines no get_config(arg)')
-    return module.get_config(arg) if arg else module.get_config()
+    return with_defaults(module.get_config(arg) if arg else module.get_config())
+
+
+def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Adds the fields that a config leaves out, so that the command line can set what is within them."""
+    filled = ml_collections.ConfigDict(copy.deepcopy(DEFAULTS))
+    with filled.unlocked(), filled.ignore_type():
+        for name, value in config.items():
+            filled[name] = value
+    return filled
 
 
 def load_module(spec: str) -> tuple[types.ModuleType, str]:

@@ -94,7 +94,7 @@ def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
     variants = list(module.sweep(arg) if arg else module.sweep())
     started = time.perf_counter()
     for number, (variant, overrides) in enumerate(variants):
-        config = module.get_config(','.join(filter(None, (arg, variant))))
+        config = config_lib.with_defaults(module.get_config(','.join(filter(None, (arg, variant)))))
         for assignment in (*(f'{k}={v!r}' for k, v in overrides.items()), *assignments):
             config_lib.override(config, assignment)
         run = workdir / variant / f'seed{config.seed}'

@@ -61,11 +61,11 @@ def choose_forms(x_shape: Sequence[int], kernel_shape: Sequence[int], window: Wi
         return Forms('patches', 'patches', 'patches')
     if window.groups > 1:
         return Forms('taps', 'taps', 'taps')
-    if out_positions <= 64 and depth >= 32:
+    if out_positions <= 49:
         patch_bytes = 4 * x_shape[0] * out_positions * kernel_positions * depth
         form = 'patches' if patch_bytes <= MAX_PATCH_BYTES else 'taps'
         return Forms(form, form, form)
-    return Forms('xla', 'xla', 'taps' if depth >= 32 else 'xla')
+    return Forms('xla', 'xla', 'taps' if depth >= 128 else 'xla')
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -155,10 +155,13 @@ def _product(views, matrices, groups, dtype):
     if depth == 1:
         return (views * matrices[0]).reshape(*where, -1)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    views, matrices = views.astype(dtype), matrices.astype(dtype)
+    # Two axes each: XLA would transpose a copy of `views` for a gradient that contracts more of them.
+    views, matrices = views.reshape(-1, groups, depth).astype(dtype), matrices.astype(dtype)
     if groups == 1:
-        return dot('bhwi,io->bhwo', views[..., 0, :], matrices[:, 0])
-    return dot('bhwgi,igo->bhwgo', views, matrices).reshape(*where, -1)
+        y = dot('ni,io->no', views[:, 0], matrices[:, 0])
+    else:
+        y = dot('ngi,igo->ngo', views, matrices)
+    return y.reshape(*where, -1)
 
 
 def kaiming(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:

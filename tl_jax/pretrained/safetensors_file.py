@@ -76,6 +76,7 @@ def save_variables(path: str | os.PathLike, variables: Mapping, metadata: Mappin
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
         safetensors.numpy.save_file(arrays, partial, metadata=text)
+        partial.chmod(0o644)  # the library writes files that only their owner may read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -125,7 +125,7 @@ def compare_runs(
         if by_seed
     ]
     counted = [runs[strategy, seed] for strategy, by_seed in accuracy.items() for seed in by_seed]
-    commits = sorted({str(run.summary.get('commit') or 'no commit')[:12] for run in counted})
+    commits = sorted({str(run.summary.get('commit') or 'no commit') for run in counted})
     return Comparison(split, tuple(rows), tuple(missing), _selection(counted, split), tuple(commits))
 
 
