@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from tl_jax import trees
 from tl_jax.config import resolve
 from tl_jax.errors import UserError
 from tl_jax.experiment import build
@@ -238,5 +237,16 @@ def test_mixing_and_class_weights_train(digits_config, tmp_path):
     assert np.isfinite(records(tmp_path)[-1]['val/loss'])
 
 
-def test_train_state_paths_are_trees():
-    assert trees.flatten({'a': {}}) == {}
+def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_statistics_in_float32(digits_config, tmp_path):
+    config = digits_config(
+        model={'name': 'convnet', 'widths': [8, 16], 'norm': 'batch'},
+        stages=[{'steps': 20, 'train': [['.*', {'name': 'adam', 'lr': 1e-2}]]}],
+    )
+    state = train_and_evaluate({**config, 'dtype': 'bfloat16'}, tmp_path / 'half')
+    train_and_evaluate(config, tmp_path / 'full')
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.collections))} == {'float32'}
+    half, full = (
+        np.array([r['train/loss'] for r in records(tmp_path / name) if 'train/loss' in r]) for name in ('half', 'full')
+    )
+    assert (half != full).any()
+    np.testing.assert_allclose(half, full, rtol=0.1)
