@@ -92,4 +92,4 @@ def test_a_hostile_directory_name_stays_text(tmp_path, make_run):
 def test_as_json_is_plain_and_complete(sweep):
     value = json.loads(json.dumps(tables.as_json(compare(sweep))))
     assert value['baseline'] == 'scratch' and value['rows'][1]['accuracy']['values'] == [0.8, 0.85, 0.9]
-    assert value['rows'][1]['gain']['paired'] is True and value['commits'] == ['abcdef012345']
+    assert value['rows'][1]['gain']['paired'] is True and value['commits'] == ['abcdef0123456789']
