@@ -27,7 +27,7 @@ from flax import linen as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tl_jax.models import create_model, mobilenet, resnet  # noqa: E402
+from tl_jax.models import create_model, mobilenet, resnet
 
 CLASSES = 10
 LEARNING_RATE = 0.01

@@ -21,8 +21,8 @@ _SPEC.loader.exec_module(maker)
 def test_equals_torch(name):
     case = maker.CASES[name]
     model = create_model(case.model, num_classes=maker.CLASSES, **case.overrides)
-    variables = maker.draw_variables(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(maker.IMAGE_SHAPE)))
-    image = maker.draw_image()
+    image = maker.draw_image(case)
+    variables = maker.draw_variables(jax.eval_shape(model.init, jax.random.key(0), image))
 
     @jax.jit
     def everything(params, batch_stats):
@@ -41,7 +41,7 @@ def test_equals_torch(name):
         'eval': evaluated,
         'train': trained,
         'gradient': flatten(gradient)[maker.FIRST_KERNEL],
-        'variance': flatten(updates)[f'batch_stats/backbone/{case.last_variance}/var'],
+        'variance': flatten(updates)[f'batch_stats/backbone/{case.last_norm}/var'],
     }
     golden = np.load(maker.GOLDEN)
     for quantity, value in ours.items():

@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = Path(__file__).with_name('golden_models.npz')
 CLASSES = 7
-IMAGE_SHAPE = (4, 32, 32, 3)
 FIRST_KERNEL = 'params/backbone/stem/conv/kernel'
 
 
 class Case(NamedTuple):
-    """A model of ours, small, and the path of its last running variance."""
+    """A model of ours, small, the module of its last running variance, and the size of the images it sees."""
 
     model: str
     overrides: Mapping[str, Any]
-    last_variance: str
+    last_norm: str
+    pixels: int = 32
 
 
 _SMALL = dict(widths=(8, 16, 24, 32), stem_width=8)
@@ -37,12 +36,12 @@ CASES = {
     'basic': Case('resnet18', dict(stage_sizes=(2, 1, 1, 1), **_SMALL), 'stage4/block1/norm2'),
     'bottleneck': Case('resnet50', dict(stage_sizes=(1, 2, 1, 1), **_SMALL), 'stage4/block1/norm3'),
     'cifar': Case('resnet20', dict(stage_sizes=(2, 1, 2)), 'stage3/block2/norm2'),
-    'mobilenet': Case('mobilenet_v2', dict(width=0.1), 'final/norm'),
+    'mobilenet': Case('mobilenet_v2', dict(width=0.1), 'final/norm', pixels=64),
 }
 
 
-def draw_image() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(IMAGE_SHAPE, np.float32)
+def draw_image(case: Case) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((4, case.pixels, case.pixels, 3), np.float32)
 
 
 def draw_variables(shapes: Any, path: str = '') -> Any:
@@ -68,17 +67,18 @@ def main():
     from tl_jax.models import create_model
 
     golden = {}
-    image = torch.from_numpy(draw_image()).permute(0, 3, 1, 2)
     for name, case in CASES.items():
         model = create_model(case.model, num_classes=CLASSES, **case.overrides)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(IMAGE_SHAPE))
+        image = draw_image(case)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+        image = torch.from_numpy(image).permute(0, 3, 1, 2)
         reference = torch_model(name)
         names = load(reference, trees.flatten(draw_variables(shapes)))
         golden[f'{name}/eval'] = reference.eval()(image).detach().numpy()
         logits = reference.train()(image)
         (logits**2).sum().backward()
         kernel = reference.get_parameter(names[FIRST_KERNEL])
-        variance = reference.get_buffer(names[f'batch_stats/backbone/{case.last_variance}/var'])
+        variance = reference.get_buffer(names[f'batch_stats/backbone/{case.last_norm}/var'])
         golden[f'{name}/train'] = logits.detach().numpy()
         golden[f'{name}/gradient'] = kernel.grad.permute(2, 3, 1, 0).numpy()
         golden[f'{name}/variance'] = variance.numpy()

@@ -8,6 +8,7 @@ endpoints = model.apply(variables, image, train=False)  # every stage by name, '
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -54,6 +55,10 @@ def create_model(
     """
     if name not in MODELS:
         raise UserError(f"model.name: there is no model '{name}'; {nearest(name, MODELS)}")
+    if num_classes is not None and num_classes < 1:
+        raise UserError(f'model.num_classes: must be at least 1, not {num_classes}; leave it out for no head')
+    if 'dtype' in overrides:
+        overrides['dtype'] = _dtype(overrides['dtype'])
     backbone = _construct(MODELS[name], overrides, 'model')
     if num_classes is None:
         return Classifier(backbone)
@@ -69,3 +74,14 @@ def _construct(constructor, fields: Mapping[str, Any], where: str, **extra: Any)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     # Linen's own two fields are not a config's.
     return call(constructor, fields, where, parent=None, name=None, **extra)
+
+
+def _dtype(name: Any) -> jnp.dtype:
+    known = ('float32', 'bfloat16', 'float16')
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        raise UserError(f"model.dtype: '{name}' is no type; {nearest(str(name), known)}") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"model.dtype: '{name}' is not a floating type; {nearest(str(name), known)}")
+    return dtype

@@ -19,7 +19,6 @@ def uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array
     return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
 
 
-
 class Linear(nn.Module):
     """`features @ kernel + bias`, after dropout of the features when training."""
 

@@ -1,16 +1,18 @@
 """Convolution, batch normalisation and pooling, shared by every model. Layout NHWC; parameters and statistics float32.
 
-XLA's convolution on CPU is good where maps are large, and many times slower than a matrix product where they are small,
-for pointwise and depthwise kernels, and for most gradients with respect to the kernel. So on CPU `Conv` picks by shape
-among three forms of the same sum, one each for the output and the two gradients (`choose_forms`, which holds the figures):
+XLA's convolution on CPU is good for large maps, and up to a hundred times slower than a matrix product for small ones, for
+depthwise kernels and for many gradients. So on CPU `Conv` picks by shape (`choose_forms`) among three forms of the same sum,
+for the output and for each of the two gradients on its own:
 
   'xla'      `jax.lax.conv_general_dilated`;
-  'patches'  the shifted, strided views of the input side by side, one matrix product: kh·kw times the input in memory;
-  'taps'     the sum over kernel positions of (shifted view @ that position's matrix), or of elementwise products where
-             every channel is a group of its own: one view in memory at a time.
+  'patches'  the shifted, strided views of the input side by side, then one matrix product: rows · columns of the kernel times
+             the output's positions times the input's channels in memory. For a 1×1 kernel it is a plain product, no copy;
+  'taps'     the sum over kernel positions of that position's view @ its matrix, or times its vector if depthwise: one view in
+             memory at a time, but the output is read and written as often as the kernel has positions.
 
-On GPU and TPU the form is always 'xla'. The platform is `jax.default_backend()`, read while tracing; a computation that is
-pinned to another platform gets a form that is slower there, never a wrong one, and `Conv(form=…)` sets it by hand.
+On GPU and TPU the form is always 'xla'. The platform is `jax.default_backend()`, read while tracing, and not
+`jax.lax.platform_dependent`, whose branches would each keep their residuals for the gradient. A computation pinned to another
+platform gets a form that may be slow there, never a wrong one; `Conv(form=…)` sets it by hand.
 """
 
 import functools
@@ -25,6 +27,8 @@ from flax import linen as nn
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
+
+from tl_jax.errors import UserError
 
 MAX_PATCH_BYTES = 64 * 2**20
 
@@ -49,23 +53,43 @@ class Forms(NamedTuple):
 def choose_forms(x_shape: Sequence[int], kernel_shape: Sequence[int], window: Window) -> Forms:
     """Returns the fastest forms on a CPU for these shapes.
 
+    Milliseconds for the output, the input's gradient and the kernel's (benchmarks/conv.py; two AVX-512 cores, jax 0.10.2):
+
+      kernel, map, channels, batch              xla                patches               taps
+      1×1,   56, 64→256, 16                78    64    262      38    15    22      32    11    19
+      1×1,   14, 1024→256, 16              20    16     70      15    14    21      13    11    17
+      3×3,    2, 512→512, 32              273   351      6       7     6     5       7     7     6
+      3×3/2,  4, 256→512, 32                4    86      5       3     2     3       3     4     5
+      3×3,    4, 256→256, 32                6     7      6       7     4     7       6     6     7
+      3×3,    7, 512→512, 16               47    53     37      40    24    26      28    26    28
+      3×3,   14, 256→256, 16               31    30     77      71    31    70      50    34    43
+      3×3,   16, 64→64, 32                 10    11     28      11     7    16       9     9    18
+      3×3,   56, 64→64, 16                 63    53    331     253   168   326     212   200   291
+      3×3,   32, 16→16, 128                26    26     48     157   101   177     127    97   122
+      7×7/2, 64, 3→64, 32                  10    33     30      38    34    36     405    86    51
+      3×3,   56, 144 depthwise, 16        600   679   2776    1884     9  1791      21    16   345
+      3×3,    7, 960 depthwise, 16         44    40    357     111     2    71       2     1    12
+      3×3,   14, 256→256, 32 groups, 16    25    27  10276     109    23    98     132    24    47
+
     Args:
       x_shape: [batch, height, width, channels].
-      kernel_shape: [kernel height, kernel width, channels / groups, features].
+      kernel_shape: [rows, columns, channels / groups, features].
       window: the geometry.
     """
+    batch, *size, channels = x_shape
     *kernel_size, depth, _ = kernel_shape
-    kernel_positions = math.prod(kernel_size)
-    out_positions = math.prod(_output_size(x_shape[1:3], kernel_size, window))
-    if kernel_positions == 1:
+    positions = math.prod(_output_size(size, kernel_size, window))
+    patch_bytes = 4 * batch * positions * math.prod(kernel_size) * channels
+    if math.prod(kernel_size) == 1:
         return Forms('patches', 'patches', 'patches')
-    if window.groups > 1:
+    if depth == 1 and window.groups > 1:
         return Forms('taps', 'taps', 'taps')
-    if out_positions <= 49:
-        patch_bytes = 4 * x_shape[0] * out_positions * kernel_positions * depth
+    if window.groups > 1:
+        return Forms('xla', 'xla', 'taps')
+    if positions <= 49:
         form = 'patches' if patch_bytes <= MAX_PATCH_BYTES else 'taps'
         return Forms(form, form, form)
-    return Forms('xla', 'xla', 'taps' if depth >= 128 else 'xla')
+    return Forms('xla', 'xla', 'taps' if depth >= 64 and positions <= 1024 else 'xla')
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -78,29 +102,29 @@ def convolve(
 ) -> Float[Array, 'batch out_height out_width features']:
     """Convolves with the named forms, differentiably to any order and in both modes.
 
-    A convolution is linear in each operand, so its derivative is the sum of two convolutions, each of which may be computed in
-    a form of its own; reverse mode transposes that form. Nothing else is special about the derivative.
+    A convolution is linear in each operand, so its derivative is a sum of two convolutions, and each may be computed in a form
+    of its own, which reverse mode transposes. The operands of matrix products are cast to `dtype`; all else is in `x`'s.
     """
     return _FORMS[forms.output](x, kernel, window, dtype)
 
 
 @functools.partial(convolve.defjvp, symbolic_zeros=True)
 def _convolve_jvp(window, forms, dtype, primals, tangents):
-    x, kernel = primals
-    dx, dkernel = tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(_FORMS[forms.input](dx, kernel, window, dtype))
-    if not isinstance(dkernel, SymbolicZero):
-        terms.append(_FORMS[forms.kernel](x, dkernel, window, dtype))
+    (x, kernel), (dx, dkernel) = primals, tangents
     y = convolve(x, kernel, window, forms, dtype)
-    return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+    dy = jnp.zeros_like(y)
+    if not isinstance(dx, SymbolicZero):
+        dy += _FORMS[forms.input](dx, kernel, window, dtype)
+    if not isinstance(dkernel, SymbolicZero):
+        dy += _FORMS[forms.kernel](x, dkernel, window, dtype)
+    return y, dy
 
 
 def _xla(x, kernel, window, dtype):
+    del dtype  # on CPU a convolution in bfloat16 is slower than in float32; elsewhere `x` has the right type already
     return lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel.astype(dtype),
+        x,
+        kernel,
         window.strides,
         window.padding,
         rhs_dilation=window.dilation,
@@ -146,21 +170,15 @@ def _output_size(size: Sequence[int], kernel_size: Sequence[int], window: Window
 
 
 def _product(views, matrices, groups, dtype):
-    """[batch, height, width, groups, depth] @ [depth, groups · features] -> [batch, height, width, groups · features].
-
-    Only the operands of dots are cast to `dtype`: on CPU elementwise work is slower in bfloat16 than in float32.
-    """
+    """[batch, height, width, groups, depth] @ [depth, groups · features] -> [batch, height, width, groups · features]."""
     *where, _, depth = views.shape
     matrices = matrices.reshape(depth, groups, -1)
     if depth == 1:
         return (views * matrices[0]).reshape(*where, -1)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Two axes each: XLA would transpose a copy of `views` for a gradient that contracts more of them.
+    dot = functools.partial(jnp.einsum, preferred_element_type=views.dtype)
+    # One axis of positions: for a gradient that contracts several, XLA would first transpose a copy of the views.
     views, matrices = views.reshape(-1, groups, depth).astype(dtype), matrices.astype(dtype)
-    if groups == 1:
-        y = dot('ni,io->no', views[:, 0], matrices[:, 0])
-    else:
-        y = dot('ngi,igo->ngo', views, matrices)
+    y = dot('ni,io->no', views[:, 0], matrices[:, 0]) if groups == 1 else dot('ngi,igo->ngo', views, matrices)
     return y.reshape(*where, -1)
 
 
@@ -206,15 +224,22 @@ class Conv(nn.Module):
         kernel = self.param('kernel', self.kernel_init, kernel_shape, jnp.float32)
         padding = _pad_amounts(self.padding, x.shape[1:3], kernel_size, self.strides, self.dilation)
         window = Window(_pair(self.strides), padding, _pair(self.dilation), self.groups)
+        if min(_output_size(x.shape[1:3], kernel_size, window)) < 1:
+            size = ' × '.join(map(str, x.shape[1:3]))
+            raise UserError(
+                f'model: the map is {size} where {"/".join(self.path)} has a kernel of {kernel_size}; use larger images or'
+                " padding='same'"
+            )
+        on_cpu = jax.default_backend() == 'cpu'
         if self.form:
             forms = Forms(self.form, self.form, self.form)
-        elif jax.default_backend() == 'cpu':
-            forms = choose_forms(x.shape, kernel_shape, window)
         else:
-            forms = Forms('xla', 'xla', 'xla')
-        y = convolve(x, kernel, window, forms, jnp.dtype(self.dtype))
+            forms = choose_forms(x.shape, kernel_shape, window) if on_cpu else Forms('xla', 'xla', 'xla')
+        dtype = jnp.dtype(self.dtype)
+        outer_dtype = jnp.float32 if on_cpu else dtype
+        y = convolve(x.astype(outer_dtype), kernel.astype(outer_dtype), window, forms, dtype)
         if self.use_bias:
-            y = y + self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)
+            y += self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32).astype(outer_dtype)
         return y
 
 
@@ -222,7 +247,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _pad_amounts(padding, size, kernel_size, stride, dilation):
+def _pad_amounts(padding, size, kernel_size, stride, dilation) -> tuple[tuple[int, int], tuple[int, int]]:
     if isinstance(padding, int):
         return ((padding, padding),) * 2
     reach = [dilation * (k - 1) + 1 for k in kernel_size]

@@ -6,7 +6,7 @@ over positions of the last. Modules: `stem/{conv,norm}`,
 `final/{conv,norm}`.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -35,34 +35,38 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
-        common = dict(norm=self.norm, padding=self.padding, dtype=self.dtype)
-        layer = ConvNorm(scaled(32, self.width), 3, 2, **common, name='stem')
-        x = layer(image, train)
+        style = Style(self.norm, self.padding, self.dtype)
+        x = Layer(scaled(32, self.width), 3, 2, style, name='stem')(image, train)
         endpoints = {'stem': x}
         for expansion, channels, size, first_stride in GROUPS:
             for j in range(size):
-                stride = first_stride if j == 0 else 1
-                name = f'block{len(endpoints)}'
-                block = InvertedResidual(scaled(channels, self.width), expansion, stride, **common, name=name)
-                x = endpoints[name] = block(x, train)
-        # The last layer is not made narrower than in the paper.
-        x = ConvNorm(scaled(1280, max(1.0, self.width)), 1, 1, **common, name='final')(x, train)
+                stride, name = first_stride if j == 0 else 1, f'block{len(endpoints)}'
+                x = InvertedResidual(scaled(channels, self.width), expansion, stride, style, name=name)(x, train)
+                endpoints[name] = x
+        # The paper makes every layer but the last narrower.
+        x = Layer(scaled(1280, max(1.0, self.width)), 1, 1, style, name='final')(x, train)
         return {**endpoints, 'final': x, 'features': jnp.mean(x, (1, 2), dtype=jnp.float32)}
 
 
-class ConvNorm(nn.Module):
+class Style(NamedTuple):
+    """What every layer has in common."""
+
+    norm: str
+    padding: str
+    dtype: Any
+
+
+class Layer(nn.Module):
     """A convolution, its normalisation if any, and ReLU6."""
 
     features: int
     kernel_size: int
     stride: int
-    norm: str
-    padding: str
-    dtype: Any
+    style: Style
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        return relu6(_conv_norm(self, x, train, self.features, self.kernel_size, self.stride, 1, 'conv', 'norm'))
+        return relu6(conv_norm(x, train, self.style, ('conv', 'norm'), self.features, self.kernel_size, self.stride))
 
 
 class InvertedResidual(nn.Module):
@@ -71,27 +75,37 @@ class InvertedResidual(nn.Module):
     features: int
     expansion: int
     stride: int
-    norm: str
-    padding: str
-    dtype: Any
+    style: Style
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        wide = x.shape[-1] * self.expansion
-        y = x
-        if self.expansion != 1:
-            y = relu6(_conv_norm(self, y, train, wide, 1, 1, 1, 'expand', 'expand_norm'))
-        y = relu6(_conv_norm(self, y, train, wide, 3, self.stride, wide, 'depthwise', 'depthwise_norm'))
-        y = _conv_norm(self, y, train, self.features, 1, 1, 1, 'project', 'project_norm')
+        y, wide = x, x.shape[-1] * self.expansion
+        if self.expansion > 1:
+            y = relu6(conv_norm(y, train, self.style, ('expand', 'expand_norm'), wide))
+        names = ('depthwise', 'depthwise_norm')
+        y = relu6(conv_norm(y, train, self.style, names, wide, 3, self.stride, groups=wide))
+        y = conv_norm(y, train, self.style, ('project', 'project_norm'), self.features)
         return x + y if x.shape == y.shape else y
 
 
-def _conv_norm(module, x, train, features, kernel_size, stride, groups, conv, norm):
-    """Within a compact call of `module`, whose norm, padding and dtype it takes."""
-    padding = kernel_size // 2 if module.padding == 'torch' else 'same'
-    folded = module.norm == 'none'
-    x = Conv(features, kernel_size, stride, padding, groups=groups, use_bias=folded, dtype=module.dtype, name=conv)(x)
-    return x if folded else BatchNorm(dtype=module.dtype, name=norm)(x, train)
+def conv_norm(
+    x: Array,
+    train: bool,
+    style: Style,
+    names: tuple[str, str],
+    features: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+) -> Array:
+    """A convolution and its normalisation, or a bias in its place, as two submodules of the module that calls it."""
+    padding = kernel_size // 2 if style.padding == 'torch' else style.padding
+    folded = style.norm == 'none'
+    conv = Conv(
+        features, kernel_size, stride, padding, groups=groups, use_bias=folded, dtype=style.dtype, name=names[0]
+    )
+    x = conv(x)
+    return x if folded else BatchNorm(dtype=style.dtype, name=names[1])(x, train)
 
 
 def relu6(x: Array) -> Array:

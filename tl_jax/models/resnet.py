@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from tl_jax.errors import UserError
 from tl_jax.models.layers import BatchNorm, Conv, max_pool
 
 
@@ -36,6 +37,14 @@ class ResNet(nn.Module):
     stem_width: int = 64
     shortcut: Literal['projection', 'pad'] = 'projection'
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.widths) != len(self.stage_sizes):
+            raise UserError(
+                f'model.widths: {len(self.widths)} widths for {len(self.stage_sizes)} stages; '
+                'give model.stage_sizes and model.widths the same length'
+            )
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
