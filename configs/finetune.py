@@ -29,7 +29,7 @@ MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]  # torchvision's and timm's: [.485,
 SIZE = 160
 
 PROBE = dict(name='adam', lr=1e-2)
-FULL = dict(name='momentum', lr=dict(name='cosine', peak=3e-3, warmup=8), weight_decay=1e-4)
+FULL = dict(name='adamw', lr=dict(name='cosine', peak=1e-4, warmup=8), weight_decay=1e-4)
 STRATEGIES = {
     'scratch': [dict(name='scratch', epochs=4, train=[('.*', dict(name='adamw', lr=1e-3, weight_decay=0.05))])],
     'probe': [dict(name='probe', epochs=4, train=[('head/.*', PROBE)])],
@@ -38,7 +38,7 @@ STRATEGIES = {
     # Kumar et al. 2022, arXiv:2202.10054.
     'lp_ft': [
         dict(name='probe', epochs=2, train=[('head/.*', PROBE)]),
-        dict(name='full', epochs=2, train=[('.*', dict(FULL, lr=dict(name='cosine', peak=1e-3)))]),
+        dict(name='full', epochs=2, train=[('.*', dict(FULL, lr=dict(name='cosine', peak=5e-5)))]),
     ],
 }
 
