@@ -23,6 +23,9 @@ def test_a_probe_of_the_imagenet_features_tells_ants_from_bees(shared, tmp_path)
         'select_by=last',
         'stages[0].epochs=2',
         'mesh.data=1',
+        'data.train_transform[0].size=224',  # the size that the weights were trained at
+        'data.eval_transform[0].size=256',
+        'data.eval_transform[1].size=224',
     ):
         config_lib.override(config, assignment)
     train_and_evaluate(config, tmp_path / 'run')
