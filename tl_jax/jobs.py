@@ -52,8 +52,9 @@ def run_eval(flags: Flags, assignments: Sequence[str]) -> None:
         raise UserError(f'config.data: its classes are not the ones that {workdir} was trained on')
     mesh = config_lib.call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
     step = evaluate_lib.create_eval_step(_predict(model))
+    placed = mesh_lib.put_everywhere(variables, mesh)
     for split, source in {**data.eval, **data.test}.items():
-        figures, _ = evaluate_lib.evaluate(step, mesh_lib.put_everywhere(variables, mesh), data.batches(source), mesh)
+        figures, _ = evaluate_lib.evaluate(step, placed, data.batches(source), mesh)
         say(f'{split} ({source.length} examples): ' + '  '.join(f'{k} {v:.4f}' for k, v in figures.items()))
 
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from tl_jax.errors import UserError
+from tl_jax.objectives import inputs_of
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -144,8 +145,7 @@ def environment() -> dict[str, Any]:
 def model_card(config: Mapping[str, Any], class_names: Any, batch: Mapping[str, Any]) -> dict[str, str]:
     """What `model.safetensors` says of itself: all that prediction needs besides the weights."""
     fields = {k: v for k, v in config['model'].items() if k not in ('source', 'ignore', 'fresh')}
-    stream = next(iter(batch.values()))
-    inputs = stream['image'] if 'image' in stream else stream['inputs']
+    inputs = inputs_of(next(iter(batch.values())))
     return {
         'image_shape': str(inputs.shape[1:]),
         'tl_jax': json.dumps(
