@@ -43,8 +43,8 @@ def test_config_by_shape(path, variant, monkeypatch):
     for number in range(len(experiment.stages)):
         layout = layout_of(number)
         step = create_train_step(
-            experiment.objective,
-            experiment.gradient,
+            experiment.stages[number].objective,
+            experiment.stages[number].gradient,
             layout.partition,
             config.get('clip_norm', 0.0),
             config.get('ema', 0.0),

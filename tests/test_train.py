@@ -28,7 +28,7 @@ def test_frozen_leaves_and_statistics_are_bit_equal_after_adamw_with_decay(digit
         stages=[{'steps': 5, 'train': [['head/.*', ADAMW]]}],
     )
     experiment = build(resolve(config))
-    start = experiment.init(jax.random.key(0), experiment.batch)
+    start = experiment.stages[0].init(jax.random.key(0), experiment.batch)
     state = train_and_evaluate(config, tmp_path)
     assert equal(state.params['backbone'], start['params']['backbone'])
     assert equal(state.collections['batch_stats'], start['batch_stats'])
@@ -84,7 +84,7 @@ def test_gradient_norm_is_blind_to_frozen_leaves(digits_config, tmp_path):
 def test_clip_bounds_the_update(digits_config, tmp_path):
     config = digits_config(stages=[{'steps': 1, 'train': [['.*', {'name': 'sgd', 'lr': 1.0}]]}], clip_norm=0.01)
     experiment = build(resolve(config))
-    start = experiment.init(jax.random.key(0), experiment.batch)['params']
+    start = experiment.stages[0].init(jax.random.key(0), experiment.batch)['params']
     state = train_and_evaluate(config, tmp_path)
     moved = jax.tree.map(
         lambda a, b: np.sum((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2), state.params, start
@@ -102,7 +102,7 @@ def test_ema_is_its_recurrence_and_evaluation_uses_it(digits_config, tmp_path):
         trajectory.append(state)
         losses[steps] = json.loads((tmp_path / str(steps) / 'summary.json').read_text())['metrics']['val/loss']
     experiment = build(resolve(config))
-    mean = experiment.init(jax.random.key(0), experiment.batch)['params']
+    mean = experiment.stages[0].init(jax.random.key(0), experiment.batch)['params']
     for state in trajectory:
         mean = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, mean, state.params)
         jax.tree.map(

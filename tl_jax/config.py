@@ -41,6 +41,7 @@ DEFAULTS = {
     'checkpoint_every': 0,  # 0: with every evaluation
     'keep': 2,  # newest checkpoints kept, besides the selected one
     'select_by': 'last',  # or '<evaluation split>/<metric>', or 'oracle' (the test split: never a fair number)
+    'report_before': False,  # whether the report also shows the predictions with which the last stage begins
     'patience': 0,  # evaluations without a better `select_by` before a stage ends; 0 for never
     'mesh': {},  # tl_jax.mesh.create_mesh
     'sharding': [],  # rules over parameters; what none matches is replicated

@@ -21,11 +21,16 @@ class Predictions(NamedTuple):
     features: np.ndarray | None  # float16 [N, D]
 
 
-def create_eval_step(predict: Callable) -> Callable:
-    """Returns the compiled `(variables, batch) -> (Classification, outputs)`; `predict` gives at least `logits` [B, C]."""
+def create_eval_step(predict: Callable, *, classification: bool = True) -> Callable:
+    """Returns the compiled `(variables, batch) -> (Classification or None, outputs)`.
+
+    Of a classification, `predict` gives at least `logits` [B, C], and its loss and confusions are counted on the device.
+    """
 
     def eval_step(variables, batch):
         outputs = predict(variables, batch)
+        if not classification:
+            return None, dict(outputs)
         counted = Classification.single_from_model_output(
             logits=outputs['logits'], label=batch['label'], mask=batch['mask']
         )
@@ -43,6 +48,7 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     *,
+    figures: Callable | None = None,
     predictions: bool = False,
 ) -> tuple[dict[str, float], Predictions | None]:
     """Returns the figures over all unmasked examples and, where asked for, each example's prediction.
@@ -52,23 +58,33 @@ def evaluate(
       variables: of the model, placed on the mesh.
       batches: padded batches with `mask`, this process's rows of each.
       mesh: the devices.
+      figures: from the outputs for all examples, numpy [N, …] each, to `{name: float}`; None for a classification.
       predictions: whether to bring the outputs of every example to the host.
     """
     total, rows = None, []
     for batch in batches:
         placed = mesh_lib.put_batch(batch, mesh)
         counted, outputs = eval_step(variables, placed)
+        if figures is not None:
+            rows.append(mesh_lib.to_host({**outputs, 'index': placed['index'], 'mask': placed['mask']}))
+            continue
         total = counted if total is None else total.merge(counted)
         if predictions:
             outputs = {**outputs, **{k: placed[k] for k in ('index', 'label', 'mask')}}
             rows.append(mesh_lib.to_host(outputs))
-    figures = classification_figures(total)
-    return figures, _collect(rows) if predictions else None
+    if figures is not None:
+        columns = _collect(rows)
+        return {name: float(value) for name, value in figures(columns).items()}, None
+    values = classification_figures(total)
+    if not predictions:
+        return values, None
+    columns = _collect(rows)
+    return values, Predictions(columns['index'], columns['label'], columns['probabilities'], columns.get('features'))
 
 
-def _collect(rows: list[dict[str, np.ndarray]]) -> Predictions:
+def _collect(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The rows of all examples, in the source's order, without padding."""
     columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = np.flatnonzero(columns['mask'] > 0)
     order = real[np.argsort(columns['index'][real], kind='stable')]
-    features = columns['features'][order] if 'features' in columns else None
-    return Predictions(columns['index'][order], columns['label'][order], columns['probabilities'][order], features)
+    return {name: column[order] for name, column in columns.items() if name != 'mask'}

@@ -21,6 +21,7 @@ from tl_jax import mesh as mesh_lib
 from tl_jax import overview, pretrained, report, train
 from tl_jax import workdir as workdir_lib
 from tl_jax.errors import UserError
+from tl_jax.experiment_data import data_from
 from tl_jax.objectives import inputs_of
 from tl_jax.progress import say
 
@@ -47,14 +48,14 @@ def run_eval(flags: Flags, assignments: Sequence[str]) -> None:
     workdir = _workdir(flags)
     config = config_lib.resolve(_config({'workdir': str(workdir)}, assignments))
     model, variables, about = _trained(workdir)
-    data = experiment_lib.data_from(config)
+    data = data_from(config)
     if tuple(data.class_names) != tuple(about['class_names']):
         raise UserError(f'config.data: its classes are not the ones that {workdir} was trained on')
     mesh = config_lib.call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
     step = evaluate_lib.create_eval_step(_predict(model))
     placed = mesh_lib.put_everywhere(variables, mesh)
     for split, source in {**data.eval, **data.test}.items():
-        figures, _ = evaluate_lib.evaluate(step, placed, data.batches(source), mesh)
+        figures, _ = evaluate_lib.evaluate(step, placed, data.batches(split, source), mesh)
         say(f'{split} ({source.length} examples): ' + '  '.join(f'{k} {v:.4f}' for k, v in figures.items()))
 
 

@@ -8,10 +8,10 @@ import jax
 from tl_jax import mesh as mesh_lib
 from tl_jax import trees
 from tl_jax.config import call
-from tl_jax.experiment import Experiment, build, bytes_of, parameter_count
-from tl_jax.objectives import phases_of
+from tl_jax.experiment import Experiment, Stage, build, bytes_of, parameter_count
+from tl_jax.objectives import Objective, phases_of
 from tl_jax.state import Layout
-from tl_jax.step import layouts
+from tl_jax.step import layouts, progress
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -22,7 +22,7 @@ def describe(config: Mapping[str, Any]) -> str:
     stages = [layout_of(number) for number in range(len(experiment.stages))]
     lines = [*_data(experiment), '', *_parameters(experiment, stages)]
     for stage, layout in zip(experiment.stages, stages, strict=True):
-        lines += ['', *_memory(experiment, stage.name, stage.steps, layout)]
+        lines += ['', *_memory(experiment, stage, layout)]
     return '\n'.join([*lines, '', f'mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}'])
 
 
@@ -38,11 +38,13 @@ def _data(experiment: Experiment) -> list[str]:
 
 def _parameters(experiment: Experiment, stages: list[Layout]) -> list[str]:
     """One row a leaf: path, shape, dtype, bytes, and the rule that trains it in each stage."""
-    flat = trees.flatten(stages[0].state.params if stages else experiment.shapes()['params'])
+    flat = trees.flatten(trees.merge(*(stage.state.params for stage in stages)))
     columns = []
     for number, stage in enumerate(experiment.stages):
         rules = [(regex, 'frozen' if spec is None else f'{spec["name"]}') for regex, spec in stage.rules]
-        columns.append(trees.match(rules, flat, field=f'config.stages[{number}].train', default='frozen'))
+        there = trees.flatten(stages[number].state.params)
+        said = trees.match(rules, there, field=f'config.stages[{number}].train', default='frozen')
+        columns.append({path: said.get(path, 'absent') for path in flat})
     width = max(map(len, flat))
     header = f'{"parameter":{width}}  {"shape":>18}  {"dtype":>8}  {"kB":>9}  ' + '  '.join(
         f'{stage.name:>12}' for stage in experiment.stages
@@ -55,7 +57,7 @@ def _parameters(experiment: Experiment, stages: list[Layout]) -> list[str]:
     return [header, *rows, f'{"total":{width}}  {sum(map(parameter_count, flat.values())):>18,}']
 
 
-def _memory(experiment: Experiment, name: str, steps: int, layout: Layout) -> list[str]:
+def _memory(experiment: Experiment, stage: Stage, layout: Layout) -> list[str]:
     trained, frozen = trees.split(layout.state.params, layout.partition.trainable.__contains__)
     parts = {
         'trainable parameters': bytes_of(trained),
@@ -63,22 +65,25 @@ def _memory(experiment: Experiment, name: str, steps: int, layout: Layout) -> li
         'gradients': bytes_of(trained),
         'optimizer state': bytes_of(layout.state.opt_state),
         'collections': bytes_of(layout.state.collections),
-        'activations kept for the gradient': _activations(experiment, layout),
+        'activations kept for the gradient': _activations(experiment, stage.objective, layout),
     }
-    lines = [f'{name}: {steps:,} steps; {parameter_count(trained):,} trainable, {parameter_count(frozen):,} frozen']
+    lines = [
+        f'{stage.name}: {stage.steps:,} steps; {parameter_count(trained):,} trainable, {parameter_count(frozen):,} frozen'
+    ]
     lines += [f'  {size / 1e6:10.2f} MB  {what}' for what, size in parts.items()]
     return [*lines, f'  {sum(parts.values()) / 1e6:10.2f} MB  estimate, before sharding and XLA’s own temporaries']
 
 
-def _activations(experiment: Experiment, layout: Layout) -> int:
+def _activations(experiment: Experiment, objective: Objective, layout: Layout) -> int:
     """Bytes that the backward pass of the largest phase keeps from the forward pass, before XLA fuses any away."""
     trained, frozen = trees.split(layout.state.params, layout.partition.trainable.__contains__)
     largest = 0
-    for phase in phases_of(experiment.objective):
+    for phase in phases_of(objective):
 
         def residuals(trained, frozen, collections, batch, key, phase=phase):
             def loss(params):
-                return phase.loss({'params': trees.merge(frozen, params), **collections}, batch, key)[0]
+                variables = {'params': trees.merge(frozen, params), **collections, **progress(0, 1)}
+                return phase.loss(variables, batch, key)[0]
 
             return jax.vjp(loss, trained)[1]
 

@@ -41,17 +41,27 @@ class Selection(NamedTuple):
         return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
 
 
-def selection_from(select_by: str, eval_splits: Sequence[str], test_splits: Sequence[str]) -> Selection:
-    """Reads `config.select_by`: 'last', '<evaluation split>', '<evaluation split>/<metric>', or 'oracle[/<metric>]'."""
+def selection_from(
+    select_by: str, eval_splits: Sequence[str], test_splits: Sequence[str], *, metrics: Sequence[str] | None = METRICS
+) -> Selection:
+    """Reads `config.select_by`: 'last', '<evaluation split>', '<evaluation split>/<metric>', or 'oracle[/<metric>]'.
+
+    Args:
+      select_by: the field.
+      eval_splits: those of `config.data.eval`.
+      test_splits: those of `config.data.test`.
+      metrics: that there are; None where the objective has figures of its own, which are known once evaluated.
+    """
     if select_by == 'last':
         return Selection('', 1.0, False)
     split, _, metric = select_by.partition('/')
     metric = metric or 'accuracy'
-    if metric not in METRICS:
-        raise UserError(f"config.select_by: unknown metric '{metric}'; {nearest(metric, METRICS)}")
+    if metrics is not None and metric not in metrics:
+        raise UserError(f"config.select_by: unknown metric '{metric}'; {nearest(metric, metrics)}")
+    sign = -1.0 if metric.startswith(('loss', 'mse')) else 1.0
     if split == 'oracle' and test_splits:
-        return Selection(f'{test_splits[0]}/{metric}', -1.0 if metric == 'loss' else 1.0, True)
+        return Selection(f'{test_splits[0]}/{metric}', sign, True)
     if split not in eval_splits:
         known = ['last', *eval_splits, *(['oracle'] if test_splits else [])]
         raise UserError(f"config.select_by: there is no evaluation split '{split}'; {nearest(split, known)}")
-    return Selection(f'{split}/{metric}', -1.0 if metric == 'loss' else 1.0, False)
+    return Selection(f'{split}/{metric}', sign, False)

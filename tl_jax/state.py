@@ -46,6 +46,13 @@ def variables_of(state: TrainState, *, averaged: bool = False) -> dict[str, Any]
     return {'params': params, **{k: v for k, v in state.collections.items() if k != 'ema'}}
 
 
+def with_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
+    """The state with these variables for its own; its moving averages stay."""
+    averages = {name: tree for name, tree in state.collections.items() if name == 'ema'}
+    collections = {name: tree for name, tree in variables.items() if name != 'params'}
+    return state._replace(params=variables['params'], collections={**collections, **averages})
+
+
 def frozen_statistics(batch_stats: trees.Tree, params: trees.Tree, trainable: Set[str]) -> dict[str, Any]:
     """Returns a marker `frozen` for each batch-norm layer that a stage must not move.
 

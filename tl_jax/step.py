@@ -25,17 +25,34 @@ from tl_jax.state import (
 
 
 def create_train_step(
-    objective: Objective, gradient: Gradient, partition: Partition, clip_norm: float, ema: float
+    objective: Objective,
+    gradient: Gradient,
+    partition: Partition,
+    clip_norm: float,
+    ema: float,
+    *,
+    first_step: int = 0,
+    steps: int = 1,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the pure function of one step: each phase's gradient of its trainable parameters, and their update.
 
     Frozen parameters are constants to it, so nothing is computed for them; statistics of frozen layers stay.
+
+    Args:
+      objective: the method.
+      gradient: how each phase's loss becomes a gradient.
+      partition: what the stage trains.
+      clip_norm: global norm that a phase's gradient is clipped to; 0 for none.
+      ema: decay of the averaged parameters; 0 for none.
+      first_step: the run's step at which the stage began.
+      steps: of the stage.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         trainable, frozen = trees.split(state.params, partition.trainable.__contains__)
         collections, opt_state, metrics = variables_of(state), state.opt_state, {}
         del collections['params']
+        place = progress(state.step - first_step, steps)
         if 'batch_stats' in collections:
             markers = frozen_statistics(collections['batch_stats'], state.params, partition.trainable)
             collections['batch_stats'] = trees.merge(collections['batch_stats'], markers)
@@ -44,10 +61,10 @@ def create_train_step(
             moving, still = trees.split(trainable, partition.phases[number].__contains__)
 
             def loss(moving, collections, batch, key, phase=phase, still=still):
-                variables = {'params': trees.merge(frozen, still, moving), **collections}
+                variables = {'params': trees.merge(frozen, still, moving), **collections, **place}
                 return phase.loss(variables, batch, key)
 
-            grads, value, aux = gradient(loss)(moving, collections, batch, jax.random.fold_in(key, number))
+            grads, value, aux = gradient.transform(loss)(moving, collections, batch, jax.random.fold_in(key, number))
             squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
             norm = jnp.sqrt(jnp.sum(squares))
             if clip_norm:
@@ -68,15 +85,30 @@ def create_train_step(
     return train_step
 
 
+def progress(step: Any, steps: int) -> dict[str, Any]:
+    """What a loss sees of its place in the stage: the step, and the fraction in [0, 1) that is done."""
+    step = jnp.asarray(step, jnp.int32)
+    return {'progress': {'step': step, 'fraction': step.astype(jnp.float32) / steps}}
+
+
 def layouts(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[int], Layout]:
     """Returns a function from the number of a stage to the layout of its states on the mesh."""
-    shapes = jax.eval_shape(lambda v: create_state(v, experiment.config['seed']), experiment.shapes())
-    by_parameter = mesh_lib.parameter_shardings(shapes.params, experiment.config['sharding'], mesh)
+    ema = experiment.config['ema']
+
+    @functools.cache
+    def shapes_of(number: int) -> TrainState:
+        if not experiment.begins(number):
+            return shapes_of(number - 1)
+        return jax.eval_shape(lambda v: create_state(v, experiment.config['seed']), experiment.shapes(number))
+
+    every = trees.merge(*(shapes_of(number).params for number in range(len(experiment.stages))))
+    by_parameter = mesh_lib.parameter_shardings(every, experiment.config['sharding'], mesh)
 
     @functools.cache
     def layout_of(number: int) -> Layout:
+        shapes = shapes_of(number)
         partition = experiment.partition(number, shapes.params)
-        state = jax.eval_shape(lambda s: enter_stage(s, partition, ema=experiment.config['ema']), shapes)
+        state = jax.eval_shape(lambda s: enter_stage(s, partition, ema=ema), shapes)
         shardings = mesh_lib.state_shardings(state, by_parameter, mesh)
         return Layout(partition, jax.tree.map(lambda s, n: s.update(sharding=n), state, shardings))
 

@@ -1,6 +1,7 @@
 """The loop: one function trains every method, on any mesh, through any stages, and resumes exactly."""
 
 import contextlib
+import functools
 import signal
 import threading
 import time
@@ -17,15 +18,16 @@ from tl_jax import trees
 from tl_jax import workdir as workdir_lib
 from tl_jax.checkpoint import Checkpoints, Place
 from tl_jax.config import call, resolve
-from tl_jax.errors import UserError
+from tl_jax.errors import UserError, nearest
 from tl_jax.evaluate import create_eval_step, evaluate
-from tl_jax.experiment import Experiment, build, bytes_of, parameter_count
+from tl_jax.experiment import Experiment, build, bytes_of, inherited, parameter_count, started
 from tl_jax.metrics import figures_of
+from tl_jax.objectives import Objective
 from tl_jax.optimizers import Partition
 from tl_jax.pretrained import save_variables
 from tl_jax.progress import Progress, say
 from tl_jax.selection import Selection, selection_from
-from tl_jax.state import Layout, TrainState, create_state, enter_stage, variables_of
+from tl_jax.state import Layout, TrainState, create_state, enter_stage, variables_of, with_variables
 from tl_jax.step import create_train_step, layouts
 
 
@@ -43,7 +45,7 @@ class Run(NamedTuple):
     selection: Selection
     checkpoints: Checkpoints
     log: workdir_lib.MetricsLog
-    eval_step: Callable
+    eval_step_of: Callable[[Objective], Callable]
     seconds: Callable[[], float]
 
 
@@ -67,7 +69,12 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
     layout_of = layouts(experiment, mesh)
     for number in range(len(experiment.stages)):  # every rule is tried before the first step
         layout_of(number)
-    selection = selection_from(config['select_by'], list(experiment.data.eval), list(experiment.data.test))
+    selection = selection_from(
+        config['select_by'],
+        list(experiment.data.eval),
+        list(experiment.data.test),
+        **({'metrics': None} if any(stage.objective.figures for stage in experiment.stages) else {}),
+    )
     # Nothing is written before the weights are read: a bad checkpoint leaves no directory behind.
     state = None if workdir_lib.holds_run(workdir, config) else initial_state(experiment, mesh)
     workdir_lib.claim(workdir, config)
@@ -78,9 +85,9 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
     state, place = restored or (state or initial_state(experiment, mesh), None)
     log = workdir_lib.MetricsLog(workdir, resume_step=int(state.step))
     before = next((r['seconds'] for r in reversed(log.records) if 'seconds' in r), 0.0)
-    eval_step = create_eval_step(experiment.objective.predict)
+    eval_step_of = functools.cache(lambda o: create_eval_step(o.predict, classification=o.figures is None))
     seconds = lambda: before + time.perf_counter() - start
-    run = Run(workdir, experiment, mesh, layout_of, selection, checkpoints, log, eval_step, seconds)
+    run = Run(workdir, experiment, mesh, layout_of, selection, checkpoints, log, eval_step_of, seconds)
 
     with sigterm() as asked_to_stop, contextlib.closing(log), contextlib.closing(checkpoints):
         for number in range(place.stage if place else 0, len(experiment.stages)):
@@ -91,8 +98,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
         checkpoints.wait()
         steps, best = int(state.step), selection.best(log.records)
         if best and best['step'] != steps:
-            state, _ = checkpoints.restore(best['step'], layout_of)
-        summary = {'steps': steps, **final_figures(run, state), 'seconds': seconds(), **about}
+            state, place = checkpoints.restore(best['step'], layout_of)
+        summary = {'steps': steps, **final_figures(run, state, place), 'seconds': seconds(), **about}
         if jax.process_index() == 0:
             workdir_lib.write_json(workdir / 'summary.json', summary)
     return state
@@ -100,23 +107,31 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
 
 def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: threading.Event) -> TrainState:
     """Runs one stage from wherever `state` is in it to its end; the loop."""
-    config, objective = run.experiment.config, run.experiment.objective
-    layout, stage, data = run.layout_of(place.stage), run.experiment.stages[place.stage], run.experiment.data
+    config, data = run.experiment.config, run.experiment.data
+    layout, stage = run.layout_of(place.stage), run.experiment.stages[place.stage]
+    objective, gradient = stage.objective, stage.gradient
     step, first, end = int(state.step), place.first_step, place.first_step + stage.steps
     watched = {**data.eval, **(data.test if run.selection.oracle else {})}
     train_step = jax.jit(
-        create_train_step(objective, run.experiment.gradient, layout.partition, config['clip_norm'], config['ema']),
+        create_train_step(
+            objective,
+            gradient,
+            layout.partition,
+            config['clip_norm'],
+            config['ema'],
+            first_step=first,
+            steps=stage.steps,
+        ),
         donate_argnums=0,
         out_shardings=(layout.shardings, None),
     )
     progress = Progress(stage.name, first, end, config['batch_size'])
     pending: list[dict[str, Any]] = []
-    batches = data_lib.iterate(data.streams, step, jax.process_index(), jax.process_count())
+    batches = data_lib.iterate(run.experiment.streams(place.stage), step, jax.process_index(), jax.process_count())
     with contextlib.closing(batches):
         while step < end and not run.selection.exhausted(run.log.records, place.stage, config['patience']):
             if objective.refresh and (step == first or due(step - first, config['refresh_every'])):
-                changed = objective.refresh(variables_of(state), data.sources)
-                state = state._replace(collections=trees.merge(state.collections, changed))
+                state = refreshed(run, state, objective)
             state, metrics = train_step(state, mesh_lib.put_batch(next(batches), run.mesh))
             step += 1
             pending.append(metrics)
@@ -125,7 +140,7 @@ def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: thread
             saving = last or stop or due(step - first, config['checkpoint_every'])
             saving |= evaluating and (bool(run.selection.field) or not config['checkpoint_every'])
             if evaluating or saving or due(step - first, config['log_every']):
-                values = settle(pending, step, run.experiment, layout.partition)
+                values = settle(pending, step, run.experiment.streams(place.stage), layout.partition)
                 values |= learning_rates(layout.partition, step - 1 - first)
                 values |= {'examples_per_second': progress.rate(step), 'seconds': run.seconds()}
                 run.log.write(step, place.stage, values)
@@ -133,7 +148,7 @@ def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: thread
                 pending = []
             score = None
             if evaluating:
-                values = evaluate_splits(run, state, watched)
+                values = {**evaluate_splits(run, state, objective, watched), **gradient.figures(step - first)}
                 run.log.write(step, place.stage, values)
                 progress.show(step, values, keep=True)
                 score = run.selection.score(values)
@@ -150,20 +165,36 @@ def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: thread
 def initial_state(experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
     """Initialises, which also loads pretrained weights; what a stage adds is built by `begin_stage` from the result."""
     seed = experiment.config['seed']
-    state = create_state(experiment.init(jax.random.key(seed), experiment.batch), seed)
-    by_parameter = mesh_lib.parameter_shardings(state.params, experiment.config['sharding'], mesh)
-    return mesh_lib.put(state, mesh_lib.state_shardings(state, by_parameter, mesh))
+    variables = experiment.stages[0].init(jax.random.key(seed), experiment.batch)
+    return mesh_lib.put_everywhere(create_state(variables, seed), mesh)
 
 
 def begin_stage(run: Run, state: TrainState, number: int) -> TrainState:
-    """Builds the stage's optimizer and averages, stores what it leaves alone, and says what it trains."""
-    layout, ema = run.layout_of(number), run.experiment.config['ema']
-    enter = jax.jit(lambda s: enter_stage(s, layout.partition, ema=ema), out_shardings=layout.shardings)
-    state = enter(state)
+    """Builds what the stage adds to the state, stores what it leaves alone, and says what it trains.
+
+    In this order: the roles of a new objective (those of the stage before are taken over), what it copies from them, the
+    optimizer and the averages.
+    """
+    experiment, layout = run.experiment, run.layout_of(number)
+    stage, ema, config = experiment.stages[number], experiment.config['ema'], experiment.config
+    if number and experiment.begins(number):
+        key = jax.random.fold_in(jax.random.key(config['seed']), number)
+        fresh = mesh_lib.put_everywhere(stage.init(key, experiment.batch), run.mesh)
+        variables = inherited(fresh, variables_of(state), f'config.stages[{number}].objective')
+        state = with_variables(state, variables)
+
+    def enter(state):
+        if experiment.begins(number):
+            state = with_variables(state, started(stage.objective, variables_of(state)))
+        return enter_stage(state, layout.partition, ema=ema)
+
+    state = jax.jit(enter, out_shardings=layout.shardings)(state)
+    if config['report_before'] and number == len(experiment.stages) - 1:
+        store_predictions(run, state, stage.objective, 'before')
     run.checkpoints.save_frozen(state, number, layout.partition.trainable)
     trained, frozen = trees.split(state.params, layout.partition.trainable.__contains__)
     say(
-        f'{run.experiment.stages[number].name}: trains {parameter_count(trained):,} parameters, '
+        f'{stage.name}: trains {parameter_count(trained):,} parameters, '
         f'{parameter_count(frozen):,} frozen; optimizer state {bytes_of(state.opt_state) / 1e6:.2f} MB'
     )
     return state
@@ -174,7 +205,22 @@ def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def settle(pending: list[dict[str, Any]], step: int, experiment: Experiment, partition: Partition) -> dict[str, float]:
+def refreshed(run: Run, state: TrainState, objective: Objective) -> TrainState:
+    """The state after the objective's pass over whole data sets."""
+    data = run.experiment.data
+
+    def batches(stream):
+        for batch in data.batches(stream, data.sources[stream]):
+            yield mesh_lib.put_batch(batch, run.mesh)
+
+    changed = objective.refresh(variables_of(state), batches)
+    where = {name: jax.tree.map(lambda leaf: leaf.sharding, state.collections[name]) for name in changed}
+    return state._replace(collections={**state.collections, **mesh_lib.put(changed, where)})
+
+
+def settle(
+    pending: list[dict[str, Any]], step: int, streams: Mapping[str, Any], partition: Partition
+) -> dict[str, float]:
     """Fetches the metrics of the steps up to `step` and averages them.
 
     Raises:
@@ -185,15 +231,15 @@ def settle(pending: list[dict[str, Any]], step: int, experiment: Experiment, par
     for offset, record in enumerate(records):
         bad = next((k for k, v in record.items() if k.endswith(('loss', 'grad_norm')) and not np.isfinite(v)), None)
         if bad:
-            _refuse_nonfinite(bad, record, step - len(records) + offset, experiment, partition)
+            _refuse_nonfinite(bad, record, step - len(records) + offset, streams, partition)
     return figures_of([{k: v for k, v in r.items() if not k.endswith('bad_leaf')} for r in records])
 
 
 def _refuse_nonfinite(
-    bad: str, record: Mapping[str, Any], step: int, experiment: Experiment, partition: Partition
+    bad: str, record: Mapping[str, Any], step: int, streams: Mapping[str, Any], partition: Partition
 ) -> None:
     where = []
-    for name, stream in experiment.data.streams.items():
+    for name, stream in streams.items():
         batch = stream.batch_at(step)
         for field, values in batch.items():
             finite = np.isfinite(values) if np.issubdtype(values.dtype, np.floating) else np.ones(values.shape, bool)
@@ -221,30 +267,56 @@ def learning_rates(partition: Partition, step: int) -> dict[str, float]:
     )
 
 
-def evaluate_splits(run: Run, state: TrainState, splits: Mapping[str, Any]) -> dict[str, float]:
+def exported(objective: Objective, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapted network under its own names, without whatever else the method needed."""
+    if objective.export:
+        variables = objective.export(variables)
+    network = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+    if objective.figures:
+        return network
+    return {c: {role: tree[role] for role in ('backbone', 'head') if role in tree} for c, tree in network.items()}
+
+
+def evaluate_splits(run: Run, state: TrainState, objective: Objective, splits: Mapping[str, Any]) -> dict[str, float]:
     """Returns `{'<split>/<metric>': value}`."""
     variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
-    figures = {}
+    values = {}
     for split, source in splits.items():
-        values, _ = evaluate(run.eval_step, variables, run.experiment.data.batches(source), run.mesh)
-        figures |= {f'{split}/{name}': value for name, value in values.items()}
-    return figures
+        batches = run.experiment.data.batches(split, source)
+        found, _ = evaluate(run.eval_step_of(objective), variables, batches, run.mesh, figures=objective.figures)
+        values |= {f'{split}/{name}': value for name, value in found.items()}
+    if run.selection.field.partition('/')[0] in splits and run.selection.field not in values:
+        raise UserError(
+            f"config.select_by: evaluation gives no '{run.selection.field}'; {nearest(run.selection.field, values)}"
+        )
+    return values
 
 
-def final_figures(run: Run, state: TrainState) -> dict[str, Any]:
-    """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
-    config, data = run.experiment.config, run.experiment.data
-    variables = variables_of(state, averaged=config['ema'] > 0)
+def store_predictions(run: Run, state: TrainState, objective: Objective, folder: str = '') -> dict[str, float]:
+    """Evaluates on every split and stores the predictions of classifications; returns `{'<split>/<metric>': value}`."""
+    data = run.experiment.data
+    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
     metrics = {}
     for split, source in {**data.eval, **data.test}.items():
-        values, predictions = evaluate(run.eval_step, variables, data.batches(source), run.mesh, predictions=True)
+        batches, step = data.batches(split, source), run.eval_step_of(objective)
+        values, predictions = evaluate(step, variables, batches, run.mesh, figures=objective.figures, predictions=True)
         metrics |= {f'{split}/{name}': value for name, value in values.items()}
-        if jax.process_index() == 0:
-            path = run.workdir / 'predictions' / f'{split}.npz'
+        if predictions is not None and jax.process_index() == 0:
+            path = run.workdir / 'predictions' / folder / f'{split}.npz'
             workdir_lib.save_predictions(path, predictions, data.class_names, source)
+    return metrics
+
+
+def final_figures(run: Run, state: TrainState, place: Place) -> dict[str, Any]:
+    """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
+    config, data = run.experiment.config, run.experiment.data
+    stage = run.experiment.stages[place.stage]
+    metrics = store_predictions(run, state, stage.objective)
+    metrics |= stage.gradient.figures(int(state.step) - place.first_step)
     if jax.process_index() == 0:
         card = workdir_lib.model_card(config, data.class_names, run.experiment.batch)
-        save_variables(run.workdir / 'model.safetensors', mesh_lib.to_host(variables), card)
+        network = exported(stage.objective, variables_of(state, averaged=config['ema'] > 0))
+        save_variables(run.workdir / 'model.safetensors', mesh_lib.to_host(network), card)
     stages = [run.layout_of(number) for number in range(len(run.experiment.stages))]
     return {
         'name': config['name'],

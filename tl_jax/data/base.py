@@ -59,6 +59,12 @@ def select(source: Source, indices: np.ndarray) -> Source:
     return source._replace(length=len(indices), get=lambda i: get(int(indices[i])), labels=labels)
 
 
+def without_labels(source: Source) -> Source:
+    """The same examples, their labels gone for good."""
+    get = source.get
+    return source._replace(get=lambda i: {k: v for k, v in get(i).items() if k != 'label'}, labels=None)
+
+
 def fixed_permutation(length: int, seed: int = 0) -> np.ndarray:
     """A permutation that is the same on every machine and numpy: RandomState's streams are frozen (NEP
     19)."""

@@ -87,3 +87,8 @@ def class_balanced(labels: Int[np.ndarray, ' examples'], seed: int) -> Order:
         return members[starts[chosen] + member]
 
     return order
+
+
+def poisson(length: int, rate: float, seed: int, step: int) -> Int[np.ndarray, ' drawn']:
+    """The examples of one step, each drawn by itself with probability `rate`; ascending."""
+    return np.flatnonzero(np.random.Generator(np.random.Philox(key=[seed, step])).random(length) < rate)

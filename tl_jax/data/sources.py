@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tl_jax.data.arrays import open_idx, open_npz, open_sklearn
-from tl_jax.data.base import Source, check_labels, few_shots, fixed_permutation, select
+from tl_jax.data.base import Source, check_labels, few_shots, fixed_permutation, select, without_labels
 from tl_jax.data.images import open_folder
 from tl_jax.data.tables import open_table
 from tl_jax.data.tfds import open_tfds
@@ -29,17 +29,23 @@ KINDS: dict[str, Callable[..., Source]] = {
     'jsonl': open_table,
     'tfds': open_tfds,
 }
-COMMON_OPTIONS = ('num_classes', 'shots', 'shots_seed')
+COMMON_OPTIONS = ('num_classes', 'shots', 'shots_seed', 'unlabelled')
 
 
 def open_source(
-    spec: str, *, num_classes: int | None = None, shots: int | None = None, shots_seed: int = 0, **options
+    spec: str,
+    *,
+    num_classes: int | None = None,
+    shots: int | None = None,
+    shots_seed: int = 0,
+    unlabelled: bool = False,
+    **options,
 ) -> Source:
     """Opens `spec`; `options` are those of its kind (see `open_folder`, `open_table`, `open_npz`, … of this
     package).
 
     Labels must lie in 0 … `num_classes` - 1 where that is given. `shots=k` keeps k labelled examples of every
-    class, drawn by `shots_seed` after the slice. Anything amiss is a UserError of one line.
+    class, drawn by `shots_seed` after the slice. `unlabelled` hides the labels: no method can look at them. Anything amiss is a UserError of one line.
     """
     kind, colon, rest = spec.partition(':')
     if not colon or kind not in KINDS:
@@ -57,7 +63,7 @@ def open_source(
         source = select(source, _slice_indices(part, source.length, spec))
     if shots is not None:
         source = few_shots(source, shots, shots_seed)
-    return source
+    return without_labels(source) if unlabelled else source
 
 
 def _split_slice(rest: str) -> tuple[str, str | None]:

@@ -34,17 +34,29 @@ class Stream(NamedTuple):
     loader: Loader
     batch_size: int  # of all processes together
     order: orders.Order
+    rate: float | None = None  # of Poisson sampling
 
     def batch_at(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's rows of the batch at `step`: rows p * B / P … (p + 1) * B / P of the global batch.
 
         Fields: `image` float32 [rows, H, W, C] (or `inputs` float32 [rows, F]), `label` int32 [rows] where
         the source has labels, `index` int32 [rows] into the source. An image that no transform made float
-        keeps its values 0 … 255.
+        keeps its values 0 … 255. With Poisson sampling also `mask` float32 [rows]: 1 for the examples drawn, 0
+        for the rows that fill the batch up.
         """
         rows = _rows(self.batch_size, process_index, process_count)
         places = step * self.batch_size + np.arange(rows.start, rows.stop)
-        return _collect(self.loader, self.order(places), places)
+        if self.rate is None:
+            return _collect(self.loader, self.order(places), places)
+        drawn = orders.poisson(self.loader.source.length, self.rate, self.loader.seed, step)
+        if len(drawn) > self.batch_size:
+            raise UserError(
+                f'{self.loader.source.name}: step {step} drew {len(drawn)} examples; raise config.batch_size '
+                f'({self.batch_size}), the room for a Poisson sample of rate {self.rate}'
+            )
+        mask = np.arange(self.batch_size) < len(drawn)
+        indices = np.concatenate([drawn, np.zeros(self.batch_size - len(drawn), drawn.dtype)])
+        return {**_collect(self.loader, indices[rows], places), 'mask': mask[rows].astype(np.float32)}
 
 
 def train_stream(
@@ -55,24 +67,28 @@ def train_stream(
     transforms: Sequence[str | Mapping[str, Any]] = (),
     balance: str | None = None,
     shuffle: bool = True,
+    rate: float | None = None,
 ) -> Stream:
     """A stream in which every epoch is a fresh permutation with every example once; batches run across
     epochs, so also where `batch_size` does not divide the number of examples none is lost.
 
-    With balance='class' every class comes equally often instead (see `order.class_balanced`). Two streams of
-    one run want different seeds.
+    With balance='class' every class comes equally often instead (see `order.class_balanced`). With a `rate`
+    every example joins each batch by itself with that probability (Poisson sampling, as differential privacy
+    asks), and `batch_size` is the room for them. Two streams of one run want different seeds.
     """
     if source.length < 1 or batch_size < 1:
         raise UserError(f'{source.name}: {source.length} examples in batches of {batch_size}; both must be positive')
     if balance not in (None, 'class'):
         raise UserError(f"{source.name}: balance={balance!r}; known: None, 'class'")
+    if rate is not None and (not 0 < rate <= 1 or balance or not shuffle):
+        raise UserError(f'{source.name}: rate={rate} of Poisson sampling must be in (0, 1], without balance or order')
     if balance and not shuffle:
         raise UserError(f"{source.name}: balance='class' draws at random; it cannot go with shuffle=False")
     if balance:
         order = orders.class_balanced(need_labels(source, 'balance'), seed)
     else:
         order = orders.shuffled(source.length, seed) if shuffle else orders.sequential(source.length)
-    return Stream(_loader(source, seed, transforms), batch_size, order)
+    return Stream(_loader(source, seed, transforms), batch_size, order, rate)
 
 
 def iterate(
@@ -146,7 +162,7 @@ def _loader(source: Source, seed: int, transforms: Sequence[str | Mapping[str, A
 
 
 def _collect(loader: Loader, indices: np.ndarray, places: np.ndarray) -> Batch:
-    """The transformed examples at `indices`, stacked; images and inputs as float32, labels as int32."""
+    """The transformed examples at `indices`, stacked; whole numbers other than pixels as int32, the rest as float32."""
     source, transform = loader.source, loader.transform
     rng = np.random.Generator(np.random.Philox(0))
     examples = []
@@ -158,11 +174,15 @@ def _collect(loader: Loader, indices: np.ndarray, places: np.ndarray) -> Batch:
         examples.append(example)
     stacked = {field: _stack(field, examples, indices, source.name) for field in examples[0]}
     batch = {
-        field: array.astype(np.int32 if array.ndim == 1 else np.float32, copy=False)
+        field: array.astype(_batch_dtype(array.dtype), copy=False)
         for field, array in loader.finish(stacked, None).items()
     }
     batch['index'] = indices.astype(np.int32)
     return batch
+
+
+def _batch_dtype(dtype: np.dtype) -> type:
+    return np.int32 if dtype.kind in 'bi' or (dtype.kind == 'u' and dtype.itemsize > 1) else np.float32
 
 
 def _stack(field: str, examples: list[dict], indices: np.ndarray, name: str) -> np.ndarray:

@@ -31,7 +31,11 @@ class Classifier(nn.Module):
         endpoints = self.backbone(image, train)
         if self.head is None:
             return endpoints
-        return {**endpoints, 'logits': self.head(endpoints['features'], train)}
+        return {**endpoints, 'logits': self.classify(endpoints['features'], train)}
+
+    def classify(self, features: Float[Array, 'batch dim'], train: bool = False) -> Float[Array, 'batch classes']:
+        """The head alone."""
+        return self.head(features, train)
 
 
 def list_models() -> list[str]:

@@ -13,6 +13,8 @@ from tl_jax.objectives.views import mixed
 __all__ = ['OBJECTIVES', 'VIEWS', 'Aux', 'Model', 'Objective', 'Phase', 'inputs_of', 'mixed', 'phases_of', 'supervised']
 
 # name -> constructor(model, **fields of config.objective)
-OBJECTIVES: Mapping[str, Callable[..., Objective]] = {'supervised': supervised}
+OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
+    'supervised': supervised,
+}
 # name -> wrapper(objective, **fields of config.objective.<name>)
 VIEWS: Mapping[str, Callable[..., Objective]] = {'mixed': mixed}

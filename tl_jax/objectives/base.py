@@ -3,25 +3,39 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import optax
+from jax import nn
+from jaxtyping import Array, Float, Int
+
 
 class Model(NamedTuple):
-    """A network as two pure functions; `init` also loads pretrained weights, so what copies them copies the loaded ones.
+    """A network as pure functions; `init` also loads pretrained weights, so what copies them copies the loaded ones.
 
     Attributes:
       init: (key, inputs) -> variables `{'params': {'backbone': …, 'head': …}, 'batch_stats': …}`.
-      apply: as a Linen module's: (variables, inputs, train=…, mutable=…, rngs=…) -> endpoints, with `features` [B, D] and
-        `logits` [B, C].
+      apply: as a Linen module's: (variables, inputs, train=…, mutable=…, rngs=…) -> endpoints, with `features` [B, D] and,
+        where there is a head, `logits` [B, C].
+      classify: the head alone: (variables, features [B, D], train=…, rngs=…) -> logits [B, C].
     """
 
     init: Callable
     apply: Callable
+    classify: Callable | None = None
 
 
 class Aux(NamedTuple):
-    """What a loss gives besides its value: scalars to log, and the collections that it changed."""
+    """What a loss gives besides its value.
+
+    Attributes:
+      metrics: scalars to log.
+      collections: those that it changed.
+      losses: its parts by task, where a gradient is to weigh or combine them; empty for one loss.
+    """
 
     metrics: dict[str, Any]
     collections: dict[str, Any]
+    losses: dict[str, Any] = {}
 
 
 class Phase(NamedTuple):
@@ -35,12 +49,22 @@ class Phase(NamedTuple):
 class Objective(NamedTuple):
     """A transfer method.
 
+    `variables` are `{'params': {role: …}, 'batch_stats': {role: …}, …}`. In a step they also hold
+    `progress = {'step': int32, 'fraction': float32 in [0, 1)}`, the place within the stage: a ramp is a function of it.
+
     Attributes:
-      init: (key, batch) -> variables: `{'params': {role: …}, 'batch_stats': {role: …}, …}`.
+      init: (key, batch) -> variables.
       loss: (variables, batch, key) -> (scalar, Aux), in training mode.
-      predict: (variables, batch of an evaluation stream) -> dict of arrays, at least `logits`, for evaluation.
+      predict: (variables, batch of an evaluation stream) -> dict of arrays [B, …]; for classification `logits`.
       phases: for several players, their moves in order, with repeats; empty for one loss that moves all.
-      refresh: (variables, streams) -> collections, a pass over whole datasets between steps.
+      refresh: (variables, batches) -> collections, a pass over whole data sets between steps; `batches(stream)` yields the
+        stream's examples once, in order, as evaluation batches with `index` and `mask`.
+      start: variables -> variables, when a stage begins: what copies loaded or trained values (a target encoder, a
+        teacher) is made here. It may add roles and collections, and replace those that `init` only shaped.
+      figures: predictions of all examples, as numpy arrays [N, …] -> {name: float}; None for classification by `logits`.
+      export: variables -> those of the adapted network under the names that its model gives them, where they are not there
+        yet; what another run loads.
+      streams: those that the loss reads.
     """
 
     init: Callable
@@ -48,13 +72,89 @@ class Objective(NamedTuple):
     predict: Callable
     phases: tuple[Phase, ...] = ()
     refresh: Callable | None = None
+    start: Callable | None = None
+    figures: Callable | None = None
+    export: Callable | None = None
+    streams: tuple[str, ...] = ('train',)
 
 
-def inputs_of(stream: dict[str, Any]) -> Any:
-    """What a model sees of a stream's batch: `image` [B, H, W, C], or `inputs` [B, F] of a table."""
-    return stream['image'] if 'image' in stream else stream['inputs']
+def inputs_of(stream: dict[str, Any], prefix: str = '') -> Any:
+    """What a model sees of a stream's batch: `image` [B, H, W, C], `inputs` [B, F] of a table, or `tokens` [B, L]."""
+    return next(stream[prefix + field] for field in ('image', 'inputs', 'tokens') if prefix + field in stream)
 
 
 def phases_of(objective: Objective) -> tuple[Phase, ...]:
     """The moves of a step: one that moves everything, unless the objective says otherwise."""
     return objective.phases or (Phase('train', objective.loss, '.*'),)
+
+
+def forward(model: Model, variables: Any, inputs: Any, key: Array) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Applies a model in training mode; returns its endpoints, and the collections that moved."""
+    endpoints, moved = model.apply(variables, inputs, train=True, mutable=['batch_stats'], rngs={'dropout': key})
+    return endpoints, dict(moved)
+
+
+def cross_entropy(
+    logits: Float[Array, 'batch classes'], label: Int[Array, 'batch'], smoothing: float = 0.0
+) -> Float[Array, 'batch']:
+    """Nats per example, against labels smoothed as in Szegedy et al. 2016 (arXiv:1512.00567, sec. 7)."""
+    target = optax.smooth_labels(nn.one_hot(label, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), target)
+
+
+def accuracy(logits: Float[Array, 'batch classes'], label: Int[Array, 'batch']) -> Float[Array, '']:
+    """Share of examples whose highest logit is the label's."""
+    return jnp.mean(jnp.argmax(logits, -1) == label)
+
+
+def role(name: str, model: Model) -> Model:
+    """The whole network as one role: its variables are `params/<name>/…`, `batch_stats/<name>/…`."""
+
+    def inside(variables):
+        return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+    def around(variables):
+        return {collection: {name: tree} for collection, tree in variables.items()}
+
+    def init(key, inputs):
+        return around(model.init(key, inputs))
+
+    def apply(variables, inputs, *, mutable=False, **options):
+        if mutable is False:
+            return model.apply(inside(variables), inputs, **options)
+        outputs, moved = model.apply(inside(variables), inputs, mutable=mutable, **options)
+        return outputs, around(moved)
+
+    return Model(init, apply)
+
+
+def recast(model: Model, **players: str) -> Model:
+    """The network with some roles played by others: `recast(model, head='second_head')`, `recast(model, backbone='target')`.
+
+    `init` gives the players' variables under their own names.
+    """
+
+    def inside(variables):
+        return {
+            collection: {**tree, **{part: tree[player] for part, player in players.items() if player in tree}}
+            for collection, tree in variables.items()
+        }
+
+    def around(variables):
+        return {
+            c: {players.get(part, part): subtree for part, subtree in tree.items()} for c, tree in variables.items()
+        }
+
+    def init(key, inputs):
+        return around(model.init(key, inputs))
+
+    def apply(variables, inputs, *, mutable=False, **options):
+        if mutable is False:
+            return model.apply(inside(variables), inputs, **options)
+        outputs, moved = model.apply(inside(variables), inputs, mutable=mutable, **options)
+        return outputs, around(moved)
+
+    def classify(variables, features, **options):
+        return model.classify(inside(variables), features, **options)
+
+    return Model(init, apply, classify)

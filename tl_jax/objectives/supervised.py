@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import optax
 from jax import nn
 
-from tl_jax.objectives.base import Aux, Model, Objective, inputs_of
+from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of
 
 
 def supervised(
     model: Model,
     *,
     num_classes: int,
+    stream: str = 'train',
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Objective:
@@ -20,28 +21,26 @@ def supervised(
 
     loss = sum_i w[y_i] CE(logits_i, (1 - s) onehot(y_i) + s / C) / sum_i w[y_i]
 
-    Expects stream `train`: image [B, H, W, C]; label [B] int, or target [B, C], rows summing to 1, where a view has mixed
+    Expects its stream: image [B, H, W, C]; label [B] int, or target [B, C], rows summing to 1, where a view has mixed
     them (its weight is then its classes' weights in its proportions). Returns nats per example.
     """
     weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
 
     def init(key, batch):
-        return model.init(key, inputs_of(batch['train']))
+        return model.init(key, inputs_of(batch[stream]))
 
     def loss(variables, batch, key):
-        stream = batch['train']
-        outputs, collections = model.apply(
-            variables, inputs_of(stream), train=True, mutable=['batch_stats'], rngs={'dropout': key}
-        )
+        fields = batch[stream]
+        outputs, collections = forward(model, variables, inputs_of(fields), key)
         logits = outputs['logits'].astype(jnp.float32)
-        target = stream['target'] if 'target' in stream else nn.one_hot(stream['label'], num_classes)
+        target = fields['target'] if 'target' in fields else nn.one_hot(fields['label'], num_classes)
         smooth = optax.smooth_labels(target, label_smoothing)
         share = jnp.ones(logits.shape[0]) if weights is None else target @ weights
         value = jnp.sum(share * optax.softmax_cross_entropy(logits, smooth)) / jnp.sum(share)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(target, -1))
-        return value, Aux({'accuracy': accuracy}, dict(collections))
+        return value, Aux({'accuracy': accuracy}, collections)
 
     def predict(variables, batch):
         return model.apply(variables, inputs_of(batch), train=False)
 
-    return Objective(init, loss, predict)
+    return Objective(init, loss, predict, streams=(stream,))

@@ -20,8 +20,10 @@ def loss(params, collections, batch, key):
 @pytest.mark.parametrize('parts', [1, 2, 4, 8])
 def test_accumulated_is_plain_for_a_mean_over_examples(parts):
     collections, key = {'count': jnp.zeros(())}, jax.random.key(0)
-    expected, value, aux = gradients.plain()(loss)(PARAMS, collections, BATCH, key)
-    grads, mean, parts_aux = jax.jit(gradients.accumulated(parts=parts)(loss))(PARAMS, collections, BATCH, key)
+    expected, value, aux = gradients.plain().transform(loss)(PARAMS, collections, BATCH, key)
+    grads, mean, parts_aux = jax.jit(gradients.accumulated(parts=parts).transform(loss))(
+        PARAMS, collections, BATCH, key
+    )
     np.testing.assert_allclose(grads['w'], expected['w'], rtol=1e-5)
     np.testing.assert_allclose(mean, value, rtol=1e-6)
     np.testing.assert_allclose(parts_aux.metrics['absolute'], aux.metrics['absolute'], rtol=1e-6)
@@ -30,10 +32,10 @@ def test_accumulated_is_plain_for_a_mean_over_examples(parts):
 
 def test_plain_is_the_closed_form():
     x, y = BATCH['train']['x'], BATCH['train']['y']
-    grads, _, _ = gradients.plain()(loss)(PARAMS, {'count': 0}, BATCH, None)
+    grads, _, _ = gradients.plain().transform(loss)(PARAMS, {'count': 0}, BATCH, None)
     np.testing.assert_allclose(grads['w'], 2 * x.T @ (x @ PARAMS['w'] - y) / y.size, rtol=1e-5)
 
 
 def test_parts_must_divide_the_batch():
     with pytest.raises(UserError, match='3 parts do not divide a batch of 8'):
-        gradients.accumulated(parts=3)(loss)(PARAMS, {'count': jnp.zeros(())}, BATCH, jax.random.key(0))
+        gradients.accumulated(parts=3).transform(loss)(PARAMS, {'count': jnp.zeros(())}, BATCH, jax.random.key(0))

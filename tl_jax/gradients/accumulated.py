@@ -1,8 +1,4 @@
-"""How a loss becomes a gradient: all at once, or accumulated over parts of the batch.
-
-A gradient takes a loss `(params, collections, batch, key) -> (scalar, Aux)` and returns a function of the same arguments
-that gives `(gradients of params, scalar, Aux)`. `params` are the trainable ones alone; the loss closes over the others.
-"""
+"""Gradients of large batches in little memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +8,7 @@ import jax.numpy as jnp
 
 from tl_jax import trees
 from tl_jax.errors import UserError
-
-Gradient = Callable[[Callable], Callable]
-
-
-def plain() -> Gradient:
-    """The gradient of the loss over the whole batch."""
-
-    def transform(loss: Callable) -> Callable:
-        def gradient(params, collections, batch, key):
-            (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, collections, batch, key)
-            return grads, value, aux
-
-        return gradient
-
-    return transform
+from tl_jax.gradients.base import Gradient, plain
 
 
 def accumulated(*, parts: int) -> Gradient:
@@ -37,7 +19,7 @@ def accumulated(*, parts: int) -> Gradient:
     """
 
     def transform(loss: Callable) -> Callable:
-        compute = plain()(loss)
+        compute = plain().transform(loss)
 
         def gradient(params, collections, batch, key):
             def part(carry, inputs):
@@ -57,7 +39,7 @@ def accumulated(*, parts: int) -> Gradient:
 
         return gradient
 
-    return transform
+    return Gradient(transform)
 
 
 def _parts(x: Any, parts: int) -> Any:
@@ -65,6 +47,3 @@ def _parts(x: Any, parts: int) -> Any:
         raise UserError(f'config.gradient.parts: {parts} parts do not divide a batch of {x.shape[0]}')
     # Strided, so that each part takes its share of every device's examples.
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-
-
-GRADIENTS = {'plain': plain, 'accumulated': accumulated}
