@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,5 +52,53 @@ def digits_config():
             'mesh': {'data': 1},
         }
         return plain({**config, **changes})
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def domains(tmp_path_factory):
+    """Digits, and others in low contrast with their labels true or poisoned, as npz files."""
+    folder = tmp_path_factory.mktemp('domains')
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) / 16 * 255).astype(np.uint8)
+    poisoned = np.random.RandomState(0).permutation(labels)
+    np.savez(folder / 'source.npz', x_train=images[:300], y_train=labels[:300])
+    np.savez(folder / 'target.npz', x_train=60 + images[300:600] // 2, y_train=labels[300:600])
+    np.savez(folder / 'poisoned.npz', x_train=60 + images[300:600] // 2, y_train=poisoned[300:600])
+    return folder
+
+
+@pytest.fixture
+def adaptation(domains):
+    """A small whole config of domain adaptation on embedded real data; seconds."""
+
+    def make(target, **changes):
+        return {
+            'model': {'name': 'mlp', 'dense': [16]},
+            'data': {
+                'train': {
+                    'source': f'npz:{domains}/source.npz/train[:80%]',
+                    'target': {'spec': f'npz:{domains}/{target}.npz/train', 'unlabelled': True},
+                },
+                'eval': {'source_val': f'npz:{domains}/source.npz/train[80%:]'},
+                'test': {'target': f'npz:{domains}/{target}.npz/train'},
+                'train_transform': ['to_float'],
+                'eval_transform': ['to_float'],
+            },
+            'objective': {
+                'name': 'dann',
+                'weight': 0.1,
+                'discriminator': {'name': 'mlp', 'dense': [8], 'num_classes': 1},
+            },
+            'stages': [{'steps': 60, 'train': [['.*', {'name': 'adam', 'lr': 1e-2}]]}],
+            'batch_size': 32,
+            'eval_batch_size': 64,
+            'eval_every': 20,
+            'mesh': {'data': 1},
+            **changes,
+        }
 
     return make

@@ -18,6 +18,7 @@ class Data(NamedTuple):
       sources: `{name: source}` of the training streams.
       eval: `{split: source}`, evaluated during training; a checkpoint may be selected by them.
       test: `{split: source}`, evaluated once, with the selected checkpoint.
+      eval_transforms: `{split or stream: transforms of its evaluation batches}`.
       batches: (name of a split or stream, its source) -> padded evaluation batches of this process.
       class_names: of the labels; empty where there are none.
       sample_rate: of Poisson sampling; None where epochs are permutations.
@@ -27,6 +28,7 @@ class Data(NamedTuple):
     sources: dict[str, Any]
     eval: dict[str, Any]
     test: dict[str, Any]
+    eval_transforms: dict[str, list]
     batches: Callable
     class_names: tuple[str, ...]
     sample_rate: float | None
@@ -114,7 +116,7 @@ def open_data(
         )
         for i, (name, source) in enumerate(sources.items())
     }
-    return Data(streams, sources, held_out['eval'], held_out['test'], batches, class_names, poisson)
+    return Data(streams, sources, held_out['eval'], held_out['test'], eval_transforms, batches, class_names, poisson)
 
 
 def _transforms(given: list | Mapping, names: Mapping[str, Any], field: str) -> dict[str, list]:

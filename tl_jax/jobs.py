@@ -3,26 +3,22 @@
 import csv
 import glob
 import io
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from tl_jax import config as config_lib
 from tl_jax import data as data_lib
 from tl_jax import evaluate as evaluate_lib
-from tl_jax import experiment as experiment_lib
 from tl_jax import mesh as mesh_lib
-from tl_jax import overview, pretrained, report, train
+from tl_jax import overview, report, train
 from tl_jax import workdir as workdir_lib
 from tl_jax.errors import UserError
 from tl_jax.experiment_data import data_from
-from tl_jax.objectives import inputs_of
+from tl_jax.finished import predict, trained
 from tl_jax.progress import say
 
 Flags = Mapping[str, str]
@@ -47,13 +43,13 @@ def run_eval(flags: Flags, assignments: Sequence[str]) -> None:
     """Evaluates a finished run's model on the splits of its config, or of other data by `--config.data.test=…`."""
     workdir = _workdir(flags)
     config = config_lib.resolve(_config({'workdir': str(workdir)}, assignments))
-    model, variables, about = _trained(workdir)
+    model = trained(workdir)
     data = data_from(config)
-    if tuple(data.class_names) != tuple(about['class_names']):
+    if tuple(data.class_names) != model.class_names:
         raise UserError(f'config.data: its classes are not the ones that {workdir} was trained on')
     mesh = config_lib.call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
-    step = evaluate_lib.create_eval_step(_predict(model))
-    placed = mesh_lib.put_everywhere(variables, mesh)
+    step = evaluate_lib.create_eval_step(model.predict)
+    placed = mesh_lib.put_everywhere(model.variables, mesh)
     for split, source in {**data.eval, **data.test}.items():
         figures, _ = evaluate_lib.evaluate(step, placed, data.batches(split, source), mesh)
         say(f'{split} ({source.length} examples): ' + '  '.join(f'{k} {v:.4f}' for k, v in figures.items()))
@@ -68,19 +64,14 @@ def run_predict(flags: Flags, assignments: Sequence[str]) -> None:
     folder = next((p for p in paths if Path(p).is_dir()), None)
     if folder:
         raise UserError(f"--files: {folder} is a folder; name the images in it, such as '{folder}/*.jpg'")
-    model, variables, about = _trained(workdir)
-    source = data_lib.open_files(paths, channels=about['input_shape'][-1])
-    mesh = mesh_lib.create_mesh(data=1)
-    step = evaluate_lib.create_eval_step(_predict(model))
-    batches = data_lib.eval_batches(source, batch_size=min(64, len(paths)), transforms=about['eval_transform'])
-    batches = ({'label': np.zeros(len(b['mask']), np.int32), **b} for b in batches)
-    placed = mesh_lib.put_everywhere(variables, mesh)
-    _, predictions = evaluate_lib.evaluate(step, placed, batches, mesh, predictions=True)
+    model = trained(workdir)
+    source = data_lib.open_files(paths, channels=model.input_shape[-1])
+    predictions = predict(model, source, model.eval_transform)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['file', 'prediction', *about['class_names']])
+    writer.writerow(['file', 'prediction', *model.class_names])
     for path, row in zip(paths, predictions.probabilities, strict=True):
-        writer.writerow([path, about['class_names'][row.argmax()], *(f'{p:.6f}' for p in row)])
+        writer.writerow([path, model.class_names[row.argmax()], *(f'{p:.6f}' for p in row)])
     output = Path(flags.get('output', workdir / 'predictions.csv'))
     workdir_lib.write_atomically(output, text.getvalue())
     say(f'{len(paths)} predictions: {output}')
@@ -133,28 +124,3 @@ def _config(flags: Flags, assignments: Sequence[str]) -> Any:
     for assignment in assignments:
         config_lib.override(config, assignment)
     return config
-
-
-def _trained(workdir: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Returns a finished run's model, its variables, and what the file says of them."""
-    path = workdir / 'model.safetensors'
-    if not path.exists():
-        raise UserError(f'{path}: there is no such file; is {workdir} a finished run?')
-    try:
-        about = json.loads(pretrained.read(path).metadata['tl_jax'])
-    except (KeyError, ValueError):
-        raise UserError(f'{path}: does not say which model it holds; it was not written by a run') from None
-    model = config_lib.call(
-        experiment_lib.model_from,
-        {**about['model'], 'source': str(path)},
-        'config.model',
-        classes=len(about['class_names']),
-        dtype=jnp.dtype(about['dtype']),
-        load=True,
-    )
-    variables = model.init(jax.random.key(0), np.zeros((1, *about['input_shape']), np.float32))
-    return model, variables, about
-
-
-def _predict(model: Any) -> Callable:
-    return lambda variables, batch: model.apply(variables, inputs_of(batch), train=False)

@@ -9,13 +9,29 @@ of the examples, so that parts are disjoint, mix the classes, and are the same f
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
+from tl_jax.config import call
 from tl_jax.data.arrays import open_idx, open_npz, open_sklearn
-from tl_jax.data.base import Source, check_labels, few_shots, fixed_permutation, select, without_labels
+from tl_jax.data.base import (
+    Source,
+    check_labels,
+    few_shots,
+    fixed_permutation,
+    predicted_labels,
+    select,
+    without_labels,
+)
+from tl_jax.data.episodes import episodes as draw_episodes
 from tl_jax.data.images import open_folder
+from tl_jax.data.multimnist import open_multimnist
+from tl_jax.data.omniglot import open_omniglot
+from tl_jax.data.pairs import open_bitext, open_pairs
+from tl_jax.data.sinusoid import open_sinusoid
+from tl_jax.data.svmlight import open_svmlight
 from tl_jax.data.tables import open_table
 from tl_jax.data.tfds import open_tfds
 from tl_jax.errors import UserError, nearest
@@ -27,9 +43,15 @@ KINDS: dict[str, Callable[..., Source]] = {
     'idx': open_idx,
     'csv': open_table,
     'jsonl': open_table,
+    'svmlight': open_svmlight,
     'tfds': open_tfds,
+    'pairs': open_pairs,
+    'multimnist': open_multimnist,
+    'bitext': open_bitext,
+    'omniglot': open_omniglot,
+    'sinusoid': open_sinusoid,
 }
-COMMON_OPTIONS = ('num_classes', 'shots', 'shots_seed', 'unlabelled')
+COMMON_OPTIONS = ('num_classes', 'shots', 'shots_seed', 'labels', 'unlabelled', 'episodes')
 
 
 def open_source(
@@ -38,14 +60,18 @@ def open_source(
     num_classes: int | None = None,
     shots: int | None = None,
     shots_seed: int = 0,
+    labels: str | None = None,
     unlabelled: bool = False,
+    episodes: Mapping[str, Any] | None = None,
     **options,
 ) -> Source:
     """Opens `spec`; `options` are those of its kind (see `open_folder`, `open_table`, `open_npz`, … of this
     package).
 
     Labels must lie in 0 … `num_classes` - 1 where that is given. `shots=k` keeps k labelled examples of every
-    class, drawn by `shots_seed` after the slice. `unlabelled` hides the labels: no method can look at them. Anything amiss is a UserError of one line.
+    class, drawn by `shots_seed` after the slice. `labels` names a run's `predictions/….npz` whose classes take the
+    place of the labels; `unlabelled` hides them: no method can look at them. `episodes` makes each
+    example a few-shot task of what is left (see `tl_jax.data.episodes`). Anything amiss is a UserError of one line.
     """
     kind, colon, rest = spec.partition(':')
     if not colon or kind not in KINDS:
@@ -63,6 +89,10 @@ def open_source(
         source = select(source, _slice_indices(part, source.length, spec))
     if shots is not None:
         source = few_shots(source, shots, shots_seed)
+    if labels is not None:
+        source = predicted_labels(source, labels)
+    if episodes is not None:
+        source = call(draw_episodes, episodes, f'{spec}: episodes', source)
     return without_labels(source) if unlabelled else source
 
 

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from tl_jax.config import call
 from tl_jax.errors import UserError, nearest
-from tl_jax.models import convnet, mobilenet, resnet
+from tl_jax.models import convnet, mobilenet, resnet, text
 from tl_jax.models.heads import HEADS
 
-MODELS = {**resnet.MODELS, **mobilenet.MODELS, **convnet.MODELS}
+MODELS = {**resnet.MODELS, **mobilenet.MODELS, **convnet.MODELS, **text.MODELS}
 
 
 class Classifier(nn.Module):
@@ -51,7 +51,7 @@ def create_model(
     Args:
       name: one of `list_models()`.
       num_classes: width of the logits; None for no head.
-      head: 'linear', 'mlp' or 'cosine', or with its fields: `dict(name='mlp', widths=[512], dropout=0.5)`.
+      head: 'linear', 'mlp', 'cosine' or 'weight_norm', or with its fields: `dict(name='mlp', widths=[512], dropout=0.5)`.
       **overrides: the backbone's own fields (see the module of its family), such as `dtype` and `width`.
 
     Raises:

@@ -48,6 +48,22 @@ class Mlp(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=uniform, name='output')(x)
 
 
+class WeightNorm(nn.Module):
+    """`features @ (scale · kernel / ‖kernel‖) + bias`, norms of columns (Salimans & Kingma 2016, arXiv:1602.07868, eq. 2).
+
+    Starts as `Linear` does: the scale of a class is its column's norm.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features: Float[Array, 'batch dim'], train: bool = False) -> Float[Array, 'batch classes']:
+        kernel = self.param('kernel', uniform, (features.shape[-1], self.num_classes), jnp.float32)
+        scale = self.param('scale', lambda key: jnp.linalg.norm(kernel, axis=0))
+        bias = self.param('bias', nn.initializers.zeros, (self.num_classes,), jnp.float32)
+        return features.astype(jnp.float32) @ (scale * _unit(kernel, 0)) + bias
+
+
 class Cosine(nn.Module):
     """`scale · cos(features, kernel[:, class])`: the classifier of Gidaris & Komodakis 2018 (arXiv:1804.09458).
 
@@ -74,4 +90,4 @@ def _unit(x: Array, axis: int) -> Array:
     return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis, keepdims=True), 1e-12))
 
 
-HEADS = {'linear': Linear, 'mlp': Mlp, 'cosine': Cosine}
+HEADS = {'linear': Linear, 'mlp': Mlp, 'cosine': Cosine, 'weight_norm': WeightNorm}

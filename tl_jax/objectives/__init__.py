@@ -6,15 +6,37 @@ constructor whose keyword arguments are the fields of `config.objective`.
 
 from collections.abc import Callable, Mapping
 
+from tl_jax.objectives.adversarial import adda, cdan, dann
 from tl_jax.objectives.base import Aux, Model, Objective, Phase, inputs_of, phases_of
+from tl_jax.objectives.contrastive import contrastive
+from tl_jax.objectives.discrepancy import mcd
+from tl_jax.objectives.matching import coral, dan
+from tl_jax.objectives.meta import joint, maml
+from tl_jax.objectives.multitask import multitask
+from tl_jax.objectives.prototypes import protonet
+from tl_jax.objectives.source_free import shot
 from tl_jax.objectives.supervised import supervised
+from tl_jax.objectives.teachers import self_ensembling
 from tl_jax.objectives.views import mixed
 
 __all__ = ['OBJECTIVES', 'VIEWS', 'Aux', 'Model', 'Objective', 'Phase', 'inputs_of', 'mixed', 'phases_of', 'supervised']
 
 # name -> constructor(model, **fields of config.objective)
 OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
+    'self_ensembling': self_ensembling,
+    'shot': shot,
     'supervised': supervised,
+    'contrastive': contrastive,
+    'dann': dann,
+    'cdan': cdan,
+    'adda': adda,
+    'coral': coral,
+    'dan': dan,
+    'multitask': multitask,
+    'mcd': mcd,
+    'protonet': protonet,
+    'maml': maml,
+    'joint': joint,
 }
 # name -> wrapper(objective, **fields of config.objective.<name>)
 VIEWS: Mapping[str, Callable[..., Objective]] = {'mixed': mixed}

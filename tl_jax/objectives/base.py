@@ -135,10 +135,12 @@ def recast(model: Model, **players: str) -> Model:
     """
 
     def inside(variables):
-        return {
-            collection: {**tree, **{part: tree[player] for part, player in players.items() if player in tree}}
-            for collection, tree in variables.items()
-        }
+        return {collection: in_parts(tree) for collection, tree in variables.items()}
+
+    def in_parts(tree):
+        # The players' own names go: what Linen was not asked about it would hand back as if it had moved.
+        others = {name: subtree for name, subtree in tree.items() if name not in players.values()}
+        return {**others, **{part: tree[player] for part, player in players.items() if player in tree}}
 
     def around(variables):
         return {

@@ -49,6 +49,7 @@ class Panel(NamedTuple):
     series: Sequence[Series]
     percent: bool = False
     log: bool = False
+    xlabel: str = 'step'
 
 
 def color_of(position: int) -> str:
@@ -96,7 +97,7 @@ def _panel(ax: Any, panel: Panel, stages: Sequence[float]) -> None:
     for step in stages:
         ax.axvline(step, color=INK, alpha=0.5, linewidth=1, linestyle=':')
     _title(ax, panel.title)
-    ax.set_xlabel('step')
+    ax.set_xlabel(panel.xlabel)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if panel.log and any((line.values > 0).any() for line in panel.series):
         ax.set_yscale('log')
@@ -128,12 +129,41 @@ def embedding(
             ax.scatter(*mistaken, s=24, color=color_of(cls), marker=shape, **ring)
         if len(class_names) <= 20:
             _name_classes(ax, points, label, class_names)
-        _title(ax, title)
-        ax.set(xticks=[], yticks=[])
-        ax.margins(0.06)
-        for spine in ax.spines.values():
-            spine.set(color=INK, alpha=0.2)
+        _bare(ax, title)
         return _svg(figure, f'{title}: {len(points)} examples by class, {int(wrong.sum())} mistakes ringed')
+
+
+def domains(
+    points: Float[np.ndarray, 'example 2'],
+    color: Int[np.ndarray, 'example'],
+    shape: Int[np.ndarray, 'example'],
+    names: Sequence[str],
+    title: str,
+    size: float = 4.2,
+) -> str:
+    """Scatter by two numbers, in a mixed order so that none hides another; `names` label the first shape's colours."""
+    with _figure(size, size) as figure:
+        ax = figure.add_axes((0.01, 0.01, 0.98, 0.92))
+        order = np.random.default_rng(0).permutation(len(points))
+        for kind in np.unique(shape):
+            mine = order[shape[order] == kind]
+            colors = [color_of(number) for number in color[mine]]
+            marker = MARKERS[kind % len(MARKERS)]
+            ax.scatter(*points[mine].T, s=13, c=colors, marker=marker, alpha=0.7, linewidths=0, rasterized=True)
+        if 0 < len(names) <= 20:
+            first = shape == shape.min()
+            _name_classes(ax, points[first], color[first], names)
+        _bare(ax, title)
+        return _svg(figure, f'{title}: {len(points)} examples')
+
+
+def _bare(ax: Any, title: str) -> None:
+    """Axes whose coordinates mean nothing."""
+    _title(ax, title)
+    ax.set(xticks=[], yticks=[])
+    ax.margins(0.06)
+    for spine in ax.spines.values():
+        spine.set(color=INK, alpha=0.2)
 
 
 def _name_classes(ax: Any, points: np.ndarray, label: np.ndarray, names: Sequence[str]) -> None:
@@ -190,6 +220,40 @@ def dots(names: Sequence[str], values: Sequence[np.ndarray], label: str) -> str:
         ax.set_xlabel(f'{clean(label)}: a dot a seed, a tick at their mean')
         _frame(ax, 'x')
         return _svg(figure, f'{label} of every strategy by seed')
+
+
+def against_published(
+    names: Sequence[str],
+    values: Sequence[np.ndarray],
+    published: Sequence[float | None],
+    accepted: Sequence[tuple[float | None, float | None] | None],
+    unit: str,
+) -> str:
+    """One line a figure: our seeds as dots with a tick at their mean, the paper's figure, the accepted range as a band."""
+    names = [clean(shorten(name, 40)) for name in names]
+    height = 0.65 + 0.27 * len(names)
+    ends = [end for band in accepted for end in band or ()]
+    shown = np.array([x for x in [*np.concatenate(values), *published, *ends] if x is not None], float)
+    room = 0.08 * max(np.ptp(shown), 0.02 * np.abs(shown).max(), 1e-9)
+    limits = shown.min() - room, shown.max() + room
+    with _figure(11.2, height) as figure:
+        margins = _margins(11.2, height, left=0.15 + 0.085 * max(map(len, names)), top=0.08)
+        ax = figure.subplots(gridspec_kw=margins)
+        for row, (mine, theirs, band) in enumerate(zip(values, published, accepted, strict=True)):
+            if band is not None:
+                low, high = (limits[i] if end is None else end for i, end in enumerate(band))
+                ax.barh(row, high - low, left=low, height=0.72, color=PALETTE[8], alpha=0.22, linewidth=0)
+            if theirs is not None:
+                ax.scatter(theirs, row, s=30, marker='D', facecolors='none', edgecolors=INK, linewidths=1.1, zorder=3)
+            if len(mine):
+                good = band is None or low <= mine.mean() <= high
+                color = PALETTE[0] if good else PALETTE[5]
+                ax.scatter(mine, np.full(len(mine), row), s=22, color=color, alpha=0.8, linewidths=0, zorder=4)
+                ax.plot([mine.mean()] * 2, [row - 0.32, row + 0.32], color=color, linewidth=2, zorder=5)
+        ax.set_yticks(range(len(names)), names)
+        ax.set(ylim=(len(names) - 0.4, -0.6), xlim=limits, xlabel=clean(unit))
+        _frame(ax, 'x')
+        return _svg(figure, f'Our figures against the published ones, {unit}')
 
 
 def confusion(

@@ -1,12 +1,13 @@
 """report.html of one run."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from tl_jax.report import plots, runs, scores, views
+from tl_jax.report import domains, plots, runs, scores, views
 from tl_jax.report.markup import (
     caption,
     cards,
@@ -19,11 +20,13 @@ from tl_jax.report.markup import (
     preformatted,
     section,
     stacked,
+    table,
     write_text,
 )
 from tl_jax.report.page import document
 from tl_jax.report.runs import Predictions, Run
 
+PLAIN = ('accuracy', 'loss', 'macro_f1', 'balanced_accuracy')
 NEIGHBOURS = 500
 MISTAKES = 24
 
@@ -36,14 +39,19 @@ def write_run_report(workdir: str | Path) -> Path:
     run = runs.read_run(workdir)
     split = main_split(run)
     predictions, problems = runs.read_predictions(run.path / f'predictions/{split}.npz') if split else (None, [])
-    problems = [*run.notes, *problems, *_disagreement(run, split, predictions)]
+    compared, unusable = domains.domain_sections(run)
+    problems = dict.fromkeys([*_notes(run), *problems, *unusable, *_disagreement(run, split, predictions)])
     name = str(run.summary.get('name') or run.path.name)
     body = '\n'.join(
         (
             header(run, name),
             notes(problems),
             key_figures(run, split, predictions),
+            section('Figures', figures_table(run)),
             section('Learning curves', learning_curves(run)),
+            section('Adaptation', inner_curves(run)),
+            section('Privacy', privacy_curve(run)),
+            *compared,
             *(split_sections(split, predictions) if predictions else ()),
             section('What was run', provenance(run)),
         )
@@ -53,9 +61,9 @@ def write_run_report(workdir: str | Path) -> Path:
 
 
 def main_split(run: Run) -> str | None:
-    """The split that the page looks at: `test`, else the one that selected the checkpoint, else the first."""
+    """The split that the page looks at: `test`, or `target`, else the one that selected the checkpoint, else the first."""
     selector = str(run.summary.get('select_by', '')).partition('/')[0]
-    for split in ('test', selector):
+    for split in ('test', 'target', selector):
         if split in run.splits:
             return split
     return run.splits[0] if run.splits else None
@@ -105,18 +113,87 @@ def key_figures(run: Run, split: str | None, predictions: Predictions | None) ->
         of = f'of {total:,.0f} parameters' if total is not None else 'parameters'
         stages = ' → '.join(map(compact, trainable))
         figures.append(('trained', stages, of + (', by stage' if len(trainable) > 1 else '')))
+    epsilon = metric('privacy/epsilon')
+    if epsilon is not None:
+        delta = _delta(run)
+        figures.append(('privacy spent', f'ε = {epsilon:.3g}', 'δ not recorded' if delta is None else f'δ = {delta:g}'))
     seconds, steps = runs.number(run.summary, 'seconds'), runs.number(run.summary, 'steps')
     if seconds is not None:
         figures.append(('time', duration(seconds), f'{steps:,.0f} steps' if steps is not None else ''))
     return cards(figures)
 
 
+def figures_table(run: Run) -> str:
+    """Every figure of the summary that is more than a plain classification's: per task, retrieval, errors, and so on.
+
+    `name_ci95` stands beside `name`; figures after a number of inner steps are drawn by `inner_curves` instead.
+    """
+    found = {key: value for key in _metrics(run) if (value := runs.number(run.summary, 'metrics', key)) is not None}
+    named = {key: key.partition('/') for key in found if '_step' not in key and not key.endswith('_ci95')}
+    named = {key: (split, name) for key, (split, _, name) in named.items() if split != 'privacy'}
+    names = list(dict.fromkeys(name for _, name in named.values()))
+    splits = list(dict.fromkeys(split for split, _ in named.values()))
+    if set(names) <= set(PLAIN) and 'accuracy' in names:
+        return ''
+    # What is not plain, such as a task's own accuracy, comes first.
+    names.sort(key=lambda name: name in PLAIN)
+
+    def cell(split: str, name: str) -> str:
+        value, half = found.get(f'{split}/{name}'), found.get(f'{split}/{name}_ci95')
+        return '–' if value is None else f'{value:.4f}' + (f' ± {half:.4f}' if half is not None else '')
+
+    half_said = '±: half the 95 % interval.' if any(key.endswith('_ci95') for key in found) else ''
+    rows = [[escape(name), *(cell(split, name) for split in splits)] for name in names]
+    return table(['figure', *splits], rows) + (caption(half_said) if half_said else '') if rows else ''
+
+
+def inner_curves(run: Run) -> str:
+    """Figures after k steps of an inner loop, `<split>/<name>_step<k>`, over k, with their 95 % intervals."""
+    curves: dict[str, dict[str, dict[int, str]]] = {}
+    for key in _metrics(run):
+        match = re.fullmatch(r'(.+?)/(.+)_step(\d+)', key)
+        if match and runs.number(run.summary, 'metrics', key) is not None:
+            split, name, step = match.groups()
+            curves.setdefault(name, {}).setdefault(split, {})[int(step)] = key
+    splits = list(dict.fromkeys(split for by_split in curves.values() for split in by_split))
+    panels = []
+    for name, by_split in curves.items():
+        lines = []
+        for split, keys in by_split.items():
+            steps = sorted(keys)
+            values = np.array([runs.number(run.summary, 'metrics', keys[k]) for k in steps])
+            half = np.array([runs.number(run.summary, 'metrics', keys[k] + '_ci95') or 0.0 for k in steps])
+            color = plots.color_of(splits.index(split))
+            lines.append(plots.Series(np.array(steps), values, color, values - half, values + half))
+        panels.append(plots.Panel(name, lines, percent=name == 'accuracy', xlabel='inner step'))
+    if not panels:
+        return ''
+    rows = [plots.learning_curves(panels[i : i + 3], [], 'Figures over inner steps') for i in range(0, len(panels), 3)]
+    keys = legend((plots.color_of(i), '▬', split) for i, split in enumerate(splits))
+    said = caption('Mean over tasks after so many steps on the support set; band: its 95 % interval.')
+    return f'<div class="wide">{"".join(rows)}</div>{keys}{said}'
+
+
+def privacy_curve(run: Run) -> str:
+    """The ε spent over the steps."""
+    steps, values = plots.thinned(*runs.curve(run.records, 'privacy/epsilon'))
+    if not len(steps):
+        return ''
+    panel = plots.Panel('ε spent', [plots.Series(steps, values, plots.color_of(0))])
+    delta = _delta(run)
+    said = f'(ε, δ)-differential privacy of one training example{f", δ = {delta:g}" if delta is not None else ""}.'
+    return plots.learning_curves([panel], [], 'ε over the training step') + caption(said)
+
+
 def learning_curves(run: Run) -> str:
     """Loss, accuracy and learning rate over the step: training against every evaluation split."""
     names = runs.keys(run.records)
-    splits = sorted({key.partition('/')[0] for key in names if '/' in key} - {'lr'}, key=lambda s: (s != 'train', s))
+    metrics = _drawn_metrics(run)
+    drawn = [key.partition('/') for key in names]
+    splits = {split for split, _, name in drawn if name in dict(metrics)}
+    splits = sorted(splits, key=lambda s: (s != 'train', s))
     panels = []
-    for metric, title in (('loss', 'Loss (nats)'), ('accuracy', 'Accuracy')):
+    for metric, title in metrics:
         lines = []
         for position, split in enumerate(splits):
             steps, values = plots.thinned(*runs.curve(run.records, f'{split}/{metric}'))
@@ -134,11 +211,11 @@ def learning_curves(run: Run) -> str:
     if not panels:
         return ''
     stages = runs.stage_starts(run.records)
-    drawn = plots.learning_curves(panels, stages, f'Learning curves over {runs.last_step(run.records)} steps')
+    chart = plots.learning_curves(panels, stages, f'Learning curves over {runs.last_step(run.records)} steps')
     keys = [(_split_color(i), '▬', split) for i, split in enumerate(splits)]
     keys += [(plots.color_of(3 + i), '▬', name) for i, name in enumerate(rates)]
     said = 'Loss on a logarithmic scale.' + (' Dotted: the end of a stage.' if stages else '')
-    return f'<div class="wide">{drawn}</div>{legend(keys)}{caption(said)}'
+    return f'<div class="wide">{chart}</div>{legend(keys)}{caption(said)}'
 
 
 def split_sections(split: str, predictions: Predictions) -> list[str]:
@@ -218,10 +295,33 @@ def duration(seconds: float) -> str:
     return f'{minutes} min {seconds} s' if minutes < 120 else f'{minutes // 60} h {minutes % 60} min'
 
 
-def _measured_splits(run: Run) -> list[str]:
+def _metrics(run: Run) -> list[str]:
     metrics = run.summary.get('metrics')
-    names = metrics if _is_map(metrics) else {}
-    return sorted(key.removesuffix('/accuracy') for key in names if key.endswith('/accuracy'))
+    return list(metrics) if _is_map(metrics) else []
+
+
+def _measured_splits(run: Run) -> list[str]:
+    return sorted(key.removesuffix('/accuracy') for key in _metrics(run) if key.endswith('/accuracy'))
+
+
+def _notes(run: Run) -> list[str]:
+    """The notes on a run's files; a finished run with figures of its own kind need not store predictions."""
+    other = run.finished and figures_table(run)
+    return [note for note in run.notes if not (other and note.startswith('predictions/ holds no'))]
+
+
+def _delta(run: Run) -> float | None:
+    """The δ of (ε, δ)-privacy, as measured or else as configured."""
+    measured = runs.number(run.summary, 'metrics', 'privacy/delta')
+    return runs.number(run.config, 'gradient', 'delta') if measured is None else measured
+
+
+def _drawn_metrics(run: Run) -> list[tuple[str, str]]:
+    """(metric, title) of the learning curves: loss, and accuracy or the first figure that the evaluations have instead."""
+    names = [key.partition('/')[2] for key in _metrics(run) if key in set(runs.keys(run.records))]
+    other = [name for name in names if not name.startswith(('loss', 'epsilon', 'delta')) and '_' not in name]
+    recorded = any(key.endswith('/accuracy') for key in runs.keys(run.records))
+    return [('loss', 'Loss (nats)'), ('accuracy', 'Accuracy') if recorded or not other else (other[0], other[0])]
 
 
 def _disagreement(run: Run, split: str | None, predictions: Predictions | None) -> list[str]:

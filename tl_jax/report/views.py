@@ -95,11 +95,11 @@ def embedding_view(predictions: Predictions, neighbours: int, linear: bool, size
     wrong = predictions.predicted != predictions.label
     drawn = []
     if linear:
-        kept = _evenly(len(wrong), SCATTERED)
+        kept = evenly(len(wrong), SCATTERED)
         points, share = embedding.pca(predictions.features[kept])
         title = f'PCA {100 * share[0]:.2g} + {100 * share[1]:.2g} %'
         drawn.append(_scatter(predictions, kept, points, wrong, title, size))
-    kept = _evenly(len(wrong), neighbours)
+    kept = evenly(len(wrong), neighbours)
     points = embedding.tsne(predictions.features[kept], steps=400)
     drawn.append(_scatter(predictions, kept, points, wrong, 't-SNE', size))
     return columns(*drawn)
@@ -122,6 +122,6 @@ def _scatter(
     return plots.embedding(points, predictions.label[kept], wrong[kept], predictions.class_names, title, size)
 
 
-def _evenly(count: int, most: int) -> np.ndarray:
+def evenly(count: int, most: int) -> np.ndarray:
     """At most `most` row numbers of `count`, evenly spaced."""
     return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(int)

@@ -1,0 +1,72 @@
+"""What methods ask of the core: an objective a stage, further networks, streams by name, facts of the data."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tl_jax import trees
+from tl_jax.config import resolve
+from tl_jax.errors import UserError
+from tl_jax.experiment import build
+from tl_jax.train import train_and_evaluate
+
+ADAM = {'name': 'adam', 'lr': 1e-2}
+
+
+def summary(run):
+    return json.loads((run / 'summary.json').read_text())
+
+
+def test_a_missing_stream_is_named_with_what_to_add(adaptation):
+    config = adaptation('target')
+    del config['data']['train']['target']
+    with pytest.raises(UserError, match="'dann' reads the streams source and target; .* add 'target'"):
+        build(resolve(config))
+
+
+def test_a_missing_network_is_named_with_what_to_add(adaptation):
+    with pytest.raises(UserError, match=r"config.objective.discriminator: 'dann' needs another network; add"):
+        build(resolve(adaptation('target', objective={'name': 'dann'})))
+
+
+def test_class_sets_that_differ_are_named(adaptation, tmp_path):
+    np.savez(tmp_path / 'more.npz', x_test=np.zeros((4, 8, 8), np.uint8), y_test=np.array([0, 1, 10, 11]))
+    config = adaptation('target')
+    config['data']['test'] = {'target': f'npz:{tmp_path}/more.npz/test'}
+    with pytest.raises(UserError, match=r'config.data.test.target: label 11 is out of range; there are 10 classes'):
+        build(resolve(config))
+
+
+def test_a_stage_hands_its_roles_to_the_next_objective(adaptation, tmp_path):
+    stages = [
+        {
+            'name': 'source',
+            'steps': 6,
+            'objective': {'name': 'supervised', 'stream': 'source'},
+            'train': [['.*', ADAM]],
+        },
+        {'name': 'adapt', 'steps': 2, 'train': [['discriminator/.*', ADAM]]},
+    ]
+    config = adaptation('target', stages=stages)
+    first = train_and_evaluate({**config, 'stages': stages[:1]}, tmp_path / 'first')
+    both = train_and_evaluate(config, tmp_path / 'both')
+    assert set(first.params) == {'backbone', 'head'} and set(both.params) == {'backbone', 'head', 'discriminator'}
+    for path, leaf in trees.flatten(first.params).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(both.params)[path])
+    assert int(both.step) == 8
+
+
+def test_the_stored_network_is_the_adapted_one_alone(adaptation, tmp_path):
+    train_and_evaluate(adaptation('target'), tmp_path / 'dann')
+    source = f'{tmp_path}/dann/model.safetensors'
+    config = adaptation(
+        'target',
+        model={'name': 'mlp', 'dense': [16], 'source': source},
+        stages=[{'steps': 1, 'train': [['.*', {'name': 'sgd', 'lr': 0.0}]]}],
+    )
+    train_and_evaluate(config, tmp_path / 'next')
+    assert (
+        summary(tmp_path / 'next')['metrics']['target/accuracy']
+        == summary(tmp_path / 'dann')['metrics']['target/accuracy']
+    )

@@ -1,0 +1,148 @@
+"""Text: from lines of files to token ids. Every tokenizer is a fixed function of its options and gives the same ids anywhere.
+
+Id 0 is padding. Words are those of the text in lower case (Unicode NFKC), and every other visible sign by itself.
+"""
+
+import collections
+import gzip
+import inspect
+import re
+import tarfile
+import unicodedata
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from tl_jax.data.base import MAX_BYTES, check_size, existing
+from tl_jax.errors import UserError, nearest
+
+WORD = re.compile(r'\w+|[^\w\s]')
+UNKNOWN = 1
+
+
+class Tokenizer(NamedTuple):
+    """`split(text)` gives ids of 1 … `vocabulary` - 1."""
+
+    split: Callable[[str], list[int]]
+    vocabulary: int
+
+    def encode(self, text: str, length: int) -> np.ndarray:
+        """The first `length` ids of a text, filled up with 0: int32 [length]."""
+        ids = np.zeros(length, np.int32)
+        found = self.split(text)[:length]
+        ids[: len(found)] = found
+        return ids
+
+
+def make_tokenizer(item: str | Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer from its name, 'bytes', 'hashed' or 'words', or from `dict(name=…, **options)`."""
+    options = {'name': item} if isinstance(item, str) else dict(item)
+    name = options.pop('name', None)
+    if name not in TOKENIZERS:
+        raise UserError(f'tokenizer: there is no {name!r}; {nearest(str(name), TOKENIZERS)}')
+    known = inspect.signature(TOKENIZERS[name]).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(f'tokenizer: {name} has no option {option!r}; {nearest(option, known)}')
+    missing = [option for option, p in known.items() if p.default is p.empty and option not in options]
+    if missing:
+        raise UserError(f'tokenizer: {name} needs {", ".join(missing)}')
+    return TOKENIZERS[name](**options)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The bytes of the text in UTF-8, plus 1: 257 ids."""
+    return Tokenizer(lambda text: [byte + 1 for byte in text.encode()], 257)
+
+
+def hashed_tokenizer(*, vocabulary: int = 8192, ngrams: Sequence[int] = ()) -> Tokenizer:
+    """The CRC-32 of each word, folded to 1 … vocabulary - 1; nothing is learnt, and words may collide.
+
+    `ngrams=[3, 4]` adds, after all words, each word's parts of 3 and of 4 characters, its ends marked by < and > as in
+    Bojanowski et al. 2017 (arXiv:1607.04606, sec. 3.2). A length that cuts the text off thus drops such parts first.
+    """
+    _check_vocabulary(vocabulary)
+    parts: dict[str, list[int]] = {}
+
+    def fold(text: str) -> int:
+        return 1 + zlib.crc32(text.encode()) % (vocabulary - 1)
+
+    def parts_of(word: str) -> list[int]:
+        if word not in parts:
+            marked = f'<{word}>'
+            parts[word] = [fold(marked[i : i + n]) for n in ngrams for i in range(len(marked) - n + 1)]
+        return parts[word]
+
+    def split(text: str) -> list[int]:
+        words = words_of(text)
+        return [fold(word) for word in words] + [part for word in words for part in parts_of(word)]
+
+    return Tokenizer(split, vocabulary)
+
+
+def word_tokenizer(*, text: str, vocabulary: int = 8192) -> Tokenizer:
+    """The `vocabulary` - 2 most frequent words of the file `text` from id 2 on, ties in order of the alphabet; 1 for others.
+
+    Give the file of the training text to the sources of every split, so that ids mean the same.
+    """
+    _check_vocabulary(vocabulary)
+    counts = collections.Counter(word for line in read_lines(text) for word in words_of(line))
+    kept = sorted(counts, key=lambda word: (-counts[word], word))[: vocabulary - 2]
+    ids = {word: i for i, word in enumerate(kept, start=UNKNOWN + 1)}
+    return Tokenizer(lambda line: [ids.get(word, UNKNOWN) for word in words_of(line)], vocabulary)
+
+
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+    'bytes': byte_tokenizer,
+    'hashed': hashed_tokenizer,
+    'words': word_tokenizer,
+}
+
+
+def words_of(text: str) -> list[str]:
+    """`'Zwei Männer, ﬁn.'` -> `['zwei', 'männer', ',', 'fin', '.']`."""
+    return WORD.findall(unicodedata.normalize('NFKC', text).lower())
+
+
+def read_lines(path: str, max_bytes: int = MAX_BYTES) -> list[str]:
+    """The lines of a text file in UTF-8, which may be gzipped (`.gz`), or a member of a tar archive: `DATA.tar/MEMBER`.
+
+    Members are read in place: nothing is unpacked to disk.
+    """
+    archive, separator, member = path.partition('.tar/')
+    try:
+        if separator:
+            data = _read_member(existing(f'{archive}.tar', path), member, max_bytes)
+        else:
+            with existing(path, path).open('rb') as stream:
+                data = _read(stream, path, max_bytes)
+        text = data.decode('utf-8-sig')
+    except (OSError, EOFError, zlib.error, tarfile.TarError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: not a readable text file in UTF-8 ({error})') from error
+    lines = text.split('\n')
+    return [line.rstrip('\r') for line in (lines[:-1] if lines[-1] == '' else lines)]
+
+
+def _read_member(archive: Path, member: str, max_bytes: int) -> bytes:
+    with tarfile.open(archive, 'r:') as tar:
+        names = {item.name.removeprefix('./'): item for item in tar.getmembers() if item.isreg()}
+        if member not in names:
+            raise UserError(f'{archive}: has no file {member!r}; {nearest(member, names)}')
+        with tar.extractfile(names[member]) as stream:
+            return _read(stream, member, max_bytes)
+
+
+def _read(stream: BinaryIO, name: str, max_bytes: int) -> bytes:
+    if name.endswith('.gz'):
+        stream = gzip.GzipFile(fileobj=stream)
+    data = stream.read(max_bytes + 1)
+    check_size(len(data), name, max_bytes)
+    return data
+
+
+def _check_vocabulary(vocabulary: int) -> None:
+    if vocabulary < 3:
+        raise UserError(f'tokenizer: vocabulary={vocabulary} must be at least 3: padding, unknown words and one more')

@@ -1,0 +1,126 @@
+"""Text encoders: a small transformer and a bag of embeddings, from token ids to a vector.
+
+Inputs: ids int32 [batch, length], 0 for padding, which changes nothing. An id of `vocabulary` or more gives NaN, so that a
+tokenizer that does not fit is noticed at the first step. Endpoints: `block1`, … [batch, length, width] or `dense1`, …
+[batch, width], and `features` [batch, dim], float32. Modules: `token`, `position`, `block{i}`, `norm`, `dense{i}`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from tl_jax.errors import UserError
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    heads: int
+    mlp_width: int
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch length width'], real: Bool[Array, 'batch length'], train: bool
+    ) -> Float[Array, 'batch length width']:
+        attention = nn.MultiHeadDotProductAttention(
+            self.heads, dtype=self.dtype, dropout_rate=self.dropout, deterministic=not train, name='attention'
+        )
+        x += attention(nn.LayerNorm(dtype=self.dtype, name='norm1')(x), mask=real[:, None, None, :])
+        y = nn.LayerNorm(dtype=self.dtype, name='norm2')(x)
+        y = nn.Dense(self.mlp_width, dtype=self.dtype, name='mlp1')(y)
+        y = nn.Dense(x.shape[-1], dtype=self.dtype, name='mlp2')(nn.gelu(y))
+        return x + nn.Dropout(self.dropout, deterministic=not train)(y)
+
+
+class TextTransformer(nn.Module):
+    """A pre-norm transformer with learned positions and attention in both directions.
+
+    Attributes:
+      vocabulary: number of ids, padding included.
+      length: the most tokens that a text may have.
+      width: of the embeddings.
+      depth: number of blocks.
+      heads: of the attention; divides `width`.
+      mlp_width: of the hidden layer of each block.
+      pool: how positions become one vector: their 'mean', or the 'first' or 'last' that is no padding.
+      dropout: of attention weights and of each block's output, in training.
+      dtype: of the computation.
+    """
+
+    vocabulary: int = 8192
+    length: int = 128
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    mlp_width: int = 512
+    pool: Literal['mean', 'first', 'last'] = 'mean'
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, 'batch length'], train: bool = False) -> dict[str, Array]:
+        if tokens.shape[1] > self.length:
+            raise UserError(f'model.length: texts have {tokens.shape[1]} tokens; raise it from {self.length}')
+        if self.width % self.heads:
+            raise UserError(f'model.heads: {self.heads} does not divide the width {self.width}')
+        real = tokens != 0
+        position = self.param('position', nn.initializers.normal(0.01), (self.length, self.width), jnp.float32)
+        x = _embed(self.vocabulary, self.width, self.dtype)(tokens) + position[: tokens.shape[1]].astype(self.dtype)
+        endpoints = {}
+        for i in range(1, self.depth + 1):
+            block = Block(self.heads, self.mlp_width, self.dropout, self.dtype, name=f'block{i}')
+            x = endpoints[f'block{i}'] = block(x, real, train)
+        x = nn.LayerNorm(dtype=self.dtype, name='norm')(x)
+        return {**endpoints, 'features': pool_tokens(x.astype(jnp.float32), real, self.pool)}
+
+
+class TextBag(nn.Module):
+    """The mean of the tokens' embeddings, then dense layers with GELU, as fastText's (Joulin et al. 2016, arXiv:1607.01759).
+
+    Attributes:
+      vocabulary: number of ids, padding included.
+      width: of the embeddings.
+      dense: widths of the hidden layers; without any the mean itself are the features.
+      dropout: share of the mean and of each hidden layer that is dropped in training.
+      dtype: of the embeddings' computation.
+    """
+
+    vocabulary: int = 8192
+    width: int = 256
+    dense: Sequence[int] = (256,)
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, 'batch length'], train: bool = False) -> dict[str, Array]:
+        x = _embed(self.vocabulary, self.width, self.dtype)(tokens)
+        x = pool_tokens(x.astype(jnp.float32), tokens != 0, 'mean')
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        endpoints = {}
+        for i, width in enumerate(self.dense, start=1):
+            x = nn.gelu(nn.Dense(width, name=f'dense{i}')(x))
+            x = endpoints[f'dense{i}'] = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return {**endpoints, 'features': x}
+
+
+def pool_tokens(
+    x: Float[Array, 'batch length width'], real: Bool[Array, 'batch length'], pool: str
+) -> Float[Array, 'batch width']:
+    """The mean, first or last of the real positions; for a text without any, zeros or the vector of position 0."""
+    if pool == 'mean':
+        total = jnp.sum(jnp.where(real[..., None], x, 0), 1)
+        return total / jnp.maximum(jnp.sum(real, 1, keepdims=True), 1)
+    place = jnp.argmax(real, 1) if pool == 'first' else jnp.max(jnp.arange(x.shape[1]) * real, 1)
+    return jnp.take_along_axis(x, place[:, None, None], 1)[:, 0]
+
+
+def _embed(vocabulary: int, width: int, dtype: Any) -> nn.Embed:
+    return nn.Embed(vocabulary, width, dtype=dtype, embedding_init=nn.initializers.normal(0.02), name='token')
+
+
+MODELS = {'text_transformer': TextTransformer, 'text_bag': TextBag}
