@@ -1,6 +1,7 @@
 """A run is a directory: its config, its metrics line by line, its summary. Everything shown later is made from these."""
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -128,18 +129,23 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     """Says what a result was computed with: packages, device, commit, command, date."""
-    root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True, check=False
-    )
     device = jax.devices()[0]
     return {
         'started': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'device': f'{jax.device_count()} × {device.device_kind} ({platform.machine()}, {os.cpu_count()} cores)',
         'versions': {'python': platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
-        'commit': git.stdout.strip() or None,
+        'commit': commit(),
         'command': ' '.join(sys.argv),
     }
+
+
+def commit() -> str | None:
+    """The commit of this code, `-dirty` where files other than results differ from it; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
+    name = run(['git', 'rev-parse', '--short', 'HEAD']).stdout.strip()
+    changed = run(['git', 'status', '--porcelain', '--untracked-files=no', '--', '.', ':!experiments/results'])
+    return f'{name}-dirty' if name and changed.stdout.strip() else name or None
 
 
 def model_card(config: Mapping[str, Any], class_names: Any, batch: Mapping[str, Any]) -> dict[str, str]:
