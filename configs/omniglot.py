@@ -97,9 +97,7 @@ def reptile(c: ml_collections.ConfigDict, ways: int) -> None:
 
 
 def episodes(split: str, *, interpolation: str = 'nearest', **fields) -> dict:
-    return dict(
-        spec=f'{OMNIGLOT}/{split}', interpolation=interpolation, episodes=dict(fields, transform=['to_float'])
-    )
+    return dict(spec=f'{OMNIGLOT}/{split}', interpolation=interpolation, episodes=dict(fields, transform=['to_float']))
 
 
 def sweep() -> Iterator[tuple[str, dict]]:

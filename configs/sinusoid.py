@@ -36,10 +36,10 @@ def get_config(arg: str = 'maml') -> ml_collections.ConfigDict:
     c.eval_batch_size = 600
     c.stages = [dict(name=arg, steps=70_000, train=[('.*', dict(name='adam', lr=1e-3))])]
     if arg == 'reptile':
-        # The authors' demonstration on sinusoids: k = 32 steps over 10 points, one task a step, ε falling from 0.1 to 0.
-        c.data.train.support = 10
-        c.gradient = dict(name='reptile', inner_steps=32, inner_lr=0.02, inner_batch=10)
-        c.objective.inner_lr = 0.02
+        # As the authors' published demonstration: one pass over 50 points, ten at a time, one task a step, ε from 0.1 to 0.
+        c.data.train.support = 50
+        c.gradient = dict(name='reptile', inner_steps=5, inner_lr=0.02, inner_batch=10)
+        c.objective.update(inner_lr=0.02, eval_steps=32)
         c.batch_size = 1
         c.stages[0] = dict(name=arg, steps=30_000, train=[('.*', dict(name='sgd', lr=dict(name='linear', peak=0.1)))])
     c.log_every = 1000

@@ -112,6 +112,12 @@ def test_schedules_match_their_formulas():
     assert float(create_schedule(0.3, steps=10)(7)) == pytest.approx(0.3)
 
 
+def test_annealed_is_the_rate_of_dann():
+    schedule = create_schedule({'name': 'annealed', 'peak': 0.01}, steps=200)
+    for step in (0, 17, 100, 199):
+        assert float(schedule(step)) == pytest.approx(0.01 / (1 + 10 * step / 200) ** 0.75, rel=1e-6)
+
+
 def test_slanted_triangular_is_ulmfits_equation_3():
     peak, total, cut_fraction, ratio = 0.01, 1000, 0.1, 32
     schedule = create_schedule({'name': 'slanted_triangular', 'peak': peak}, steps=total)

@@ -194,7 +194,13 @@ def slanted_triangular(*, peak: float, cut: float = 0.1, ratio: float = 32.0, st
     return schedule
 
 
+def annealed(*, peak: float, rate: float = 10.0, power: float = 0.75, steps: int) -> optax.Schedule:
+    """peak / (1 + rate · p)^power, p the fraction that is done (Ganin et al. 2016, arXiv:1505.07818, sec. 5.2.2)."""
+    return lambda count: peak / (1 + rate * count / steps) ** power
+
+
 SCHEDULES = {
+    'annealed': annealed,
     'constant': constant,
     'linear': linear,
     'cosine': cosine,

@@ -252,6 +252,22 @@ def test_recall_against_brute_force(texts):
         assert k > 1 or 0 < min(expected) <= max(expected) < 1
 
 
+def test_recall_by_class_takes_any_text_of_the_class():
+    text, image = np.array([0, 1, 2, 3]), np.arange(4)
+    predictions = {
+        'identity': np.stack([image, image], 1).astype(np.uint32),
+        'other_identity': np.stack([text, text], 1).astype(np.uint32),
+        'embedding': np.eye(4, dtype=np.float32)[[1, 0, 0, 3]],  # of text 1, 0, 0 and 3
+        'other_embedding': np.eye(4, dtype=np.float32),
+        'label': np.array([5, 5, 9, 9]),
+    }
+    assert retrieval_figures(predictions)['to_text_recall@1'] == 0.25
+    figures = retrieval_figures(predictions, by_class=True)
+    assert figures['to_text_recall@1'] == 0.75  # image 2 finds a text of the other class
+    # Text 0 is as near to image 2 as to image 1, text 1 is nearest to image 0, text 3 to image 3; text 2 ties with all.
+    assert figures['from_text_recall@1'] == 0.5
+
+
 def test_a_collapsed_network_finds_nothing():
     ids = np.stack([np.arange(20)] * 2, 1).astype(np.uint32)
     same = np.ones((20, 3), np.float32)

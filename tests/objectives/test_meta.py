@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from tl_jax import objectives, trees
 from tl_jax.errors import UserError
 from tl_jax.experiment import model_from
 from tl_jax.objectives import Model
+from tl_jax.train import train_and_evaluate
 
 TASKS, SHOTS, QUERIES, DIM = 3, 4, 6, 2
 
@@ -200,7 +203,7 @@ def test_stored_statistics_neither_matter_nor_move():
 def test_forms_of_convolution_give_the_same_meta_gradient():
     batch, grads = images(1), []
     for form in ('patches', 'xla'):
-        objective = objectives.OBJECTIVES['maml'](convnet(form), inner_lr=0.1, inner_steps=2)
+        objective = objectives.OBJECTIVES['maml'](convnet(form), inner_lr=0.1)
         variables = objective.init(jax.random.key(0), {'train': batch})
         grads.append(meta_gradient(objective, variables, batch)[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *grads)
@@ -211,3 +214,41 @@ def test_a_rule_that_adapts_nothing(name):
     objective = objectives.OBJECTIVES[name](linear_model(), inner_rule='heads/.*')
     with pytest.raises(UserError, match=r"config.objective.inner_rule.*'heads/\.\*'.*matches no leaf.*head"):
         objective.init(jax.random.key(0), {'train': tasks()})
+
+
+@pytest.mark.parametrize(
+    ('objective', 'gradient'),
+    [
+        ({'name': 'maml', 'learn_lr': True}, {'name': 'plain'}),
+        ({'name': 'joint'}, {'name': 'reptile', 'inner_steps': 2, 'inner_lr': 0.01, 'inner_batch': 2}),
+    ],
+    ids=['metasgd', 'reptile'],
+)
+def test_a_run_on_sinusoids(objective, gradient, tmp_path):
+    """Through the loop: the state moves, and the summary holds the curve of every split."""
+    with jax.enable_x64(False):
+        train_and_evaluate(
+            {
+                'model': {'name': 'mlp', 'dense': [8], 'num_classes': 1},
+                'objective': {**objective, 'eval_steps': 2},
+                'gradient': gradient,
+                'data': {
+                    'train': {'spec': 'sinusoid:train', 'count': 100},
+                    'eval': {'spec': 'sinusoid:val', 'count': 9},
+                    'test': {'spec': 'sinusoid:test', 'count': 10, 'support': 10},
+                },
+                'stages': [{'steps': 4, 'train': [('.*', {'name': 'adam', 'lr': 1e-3})]}],
+                'batch_size': 4,
+                'eval_batch_size': 4,
+                'select_by': 'val/mse_step1',
+                'mesh': {'data': 1},
+            },
+            tmp_path,
+        )
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    names = {f'mse{step}{end}' for step in ('', '_step0', '_step1', '_step2') for end in ('', '_ci95')}
+    assert set(summary['metrics']) == {f'{split}/{name}' for split in ('val', 'test') for name in names}
+    assert (
+        summary['metrics']['test/mse'] == summary['metrics']['test/mse_step2'] != summary['metrics']['test/mse_step0']
+    )
+    assert summary['select_by'] == 'val/mse_step1'

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from tl_jax import objectives
 from tl_jax.experiment import model_from
 from tl_jax.objectives import Model
+from tl_jax.train import train_and_evaluate
 
 LABELS = np.array([[0, 0, 1, 2, 2, 2], [1, 2, 0, 1, 0, 2]])  # other shots and another order in each episode
 QUERIES = np.array([[2, 0, 1, 1], [0, 0, 2, 1]])
@@ -116,3 +119,26 @@ def test_figures_are_mean_and_interval_over_episodes():
     assert figures['accuracy'] == 0.625
     assert figures['accuracy_ci95'] == pytest.approx(1.96 * (0.3125 / 4) ** 0.5 / 2)
     assert figures['loss'] == 1.5
+
+
+def test_a_run_on_digits(tmp_path):
+    """Through the loop, on episodes of the embedded digits; five ways of which chance gets 0.2."""
+    few = {'ways': 5, 'shots': 5, 'queries': 5, 'transform': ['to_float']}
+    train_and_evaluate(
+        {
+            'model': {'name': 'convnet', 'widths': [8, 16], 'norm': 'batch', 'num_classes': 0},
+            'objective': {'name': 'protonet'},
+            'data': {
+                'train': {'spec': 'sklearn:digits/train', 'episodes': {**few, 'count': 1000}},
+                'test': {'spec': 'sklearn:digits/test', 'episodes': {**few, 'count': 10}},
+            },
+            'stages': [{'steps': 15, 'train': [('.*', {'name': 'adam', 'lr': 1e-2})]}],
+            'batch_size': 1,
+            'eval_batch_size': 4,
+            'mesh': {'data': 1},
+        },
+        tmp_path,
+    )
+    metrics = json.loads((tmp_path / 'summary.json').read_text())['metrics']
+    assert set(metrics) == {'test/accuracy', 'test/accuracy_ci95', 'test/loss'}
+    assert metrics['test/accuracy'] > 0.75

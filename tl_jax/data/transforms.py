@@ -33,12 +33,17 @@ def make_transform(items: Sequence[str | Mapping[str, Any]]) -> Callable[[dict, 
     """One function `(example, rng) -> example` from a list of names or `dict(name=…, **options)`, applied in
     order.
 
-    It changes the field `image`, or `inputs` where there is no image, and keeps the others.
+    It changes the field `image`, or `inputs` where there is no image, and keeps the others. Without items it changes
+    nothing, whatever the example holds.
     """
     functions = [_bind(item) for item in items]
+    if not functions:
+        return lambda example, rng: example
 
     def transform(example: dict, rng: Generator) -> dict:
         field = 'image' if 'image' in example else 'inputs'
+        if field not in example:
+            raise UserError(f"transforms act on the field image or inputs; these examples have {', '.join(example)}")
         array = example[field]
         for function in functions:
             array = function(array, rng)

@@ -307,7 +307,14 @@ def adda(model: Model, *, discriminator: Model) -> Objective:
         Phase('discriminator', discriminator_loss, 'discriminator/.*'),
         Phase('target', target_loss, 'target/.*'),
     )
-    return Objective(init, target_loss, predict, phases, start=start, streams=STREAMS)
+
+    def export(variables):
+        played = {
+            c: tree['target'] for c, tree in variables.items() if c in ('params', 'batch_stats') and 'target' in tree
+        }
+        return {**variables, **{c: {**variables[c], 'backbone': target} for c, target in played.items()}}
+
+    return Objective(init, target_loss, predict, phases, start=start, export=export, streams=STREAMS)
 
 
 def _domain_accuracy(of_source, of_target):

@@ -1,5 +1,6 @@
 """Two towers: networks of two views of one thing, trained so that what belongs together lies together."""
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -84,7 +85,13 @@ def contrastive(
             outputs[f'{prefix}identity'] = fingerprint(inputs)
         return {**outputs, **{k: batch[k] for k in ('label',) if k in batch}}
 
-    return Objective(init, training_loss, predict, figures=retrieval_figures, streams=(stream,))
+    return Objective(
+        init,
+        training_loss,
+        predict,
+        figures=functools.partial(retrieval_figures, by_class=positives == 'class'),
+        streams=(stream,),
+    )
 
 
 def clip_loss(
@@ -171,12 +178,13 @@ def _clamp_backward(at_bound, gradient):
 clamp.defvjp(_clamp_forward, _clamp_backward)
 
 
-def retrieval_figures(predictions: dict[str, np.ndarray]) -> dict[str, float]:
+def retrieval_figures(predictions: dict[str, np.ndarray], *, by_class: bool = False) -> dict[str, float]:
     """Recall at 1, 5 and 10 both ways and, where there are labels, zero-shot accuracy; from `predict` over a whole split.
 
     `to_text_recall@k`: the share of the first tower's inputs for which one of its texts is among the k texts most similar to
     it; `from_text_recall@k` the other way. Equal inputs are one: queries and candidates are the distinct inputs, and all that
-    occurred with a query belong to it. A candidate exactly as similar as the best that belongs stands before it.
+    occurred with a query belong to it (`by_class`: all that occurred with its class). A candidate exactly as similar as the
+    best that belongs stands before it.
 
     `zero_shot_accuracy`: the share of examples whose class's text embedding is more similar than that of every other class
     of the split; it is the mean over the class's distinct texts, at unit length (Radford et al. 2021, sec. 3.1.4).
@@ -185,8 +193,9 @@ def retrieval_figures(predictions: dict[str, np.ndarray]) -> dict[str, float]:
     _, second, column = np.unique(predictions['other_identity'], axis=0, return_index=True, return_inverse=True)
     row, column = row.ravel(), column.ravel()
     embedding, other = predictions['embedding'].astype(np.float32), predictions['other_embedding'].astype(np.float32)
-    to_text = best_ranks(embedding[first], other[second], row, column)
-    from_text = best_ranks(other[second], embedding[first], column, row)
+    group = predictions['label'] if by_class else None
+    to_text = best_ranks(embedding[first], other[second], partners(row, column, group))
+    from_text = best_ranks(other[second], embedding[first], partners(column, row, group))
     figures = {
         f'{way}_recall@{k}': float(np.mean(ranks <= k))
         for way, ranks in (('to_text', to_text), ('from_text', from_text))
@@ -197,16 +206,23 @@ def retrieval_figures(predictions: dict[str, np.ndarray]) -> dict[str, float]:
     return figures
 
 
-def best_ranks(queries: np.ndarray, candidates: np.ndarray, query: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """The rank (from 1) of each query's best candidate, int [Q]; `query[n]` and `candidate[n]` belong together."""
-    ranks, order = np.empty(len(queries), int), np.argsort(query, kind='stable')
-    bounds = np.searchsorted(query[order], np.arange(len(queries) + 1))
+def partners(query: np.ndarray, candidate: np.ndarray, group: np.ndarray | None = None) -> list[np.ndarray]:
+    """The candidates that occurred with each query, or in its group, where the n-th pair is `query[n]`, `candidate[n]`."""
+    key = query if group is None else np.unique(group, return_inverse=True)[1].ravel()
+    order = np.argsort(key, kind='stable')
+    members = np.split(candidate[order], np.searchsorted(key[order], np.arange(1, key.max() + 1)))
+    members = [np.unique(found) for found in members]
+    return [members[key[n]] for n in np.unique(query, return_index=True)[1]]
+
+
+def best_ranks(queries: np.ndarray, candidates: np.ndarray, belongs: list[np.ndarray]) -> np.ndarray:
+    """The rank (from 1) of the best candidate that belongs to each query, int [Q]; ties stand before it."""
+    ranks = np.empty(len(queries), int)
     for start in range(0, len(queries), 1024):  # the whole matrix of similarities need not fit into memory
         scores = queries[start : start + 1024] @ candidates.T
         for i, row in enumerate(scores, start):
-            own = np.unique(candidate[order[bounds[i] : bounds[i + 1]]])
-            best = row[own].max()
-            ranks[i] = 1 + np.sum(row >= best) - np.sum(row[own] >= best)
+            best = row[belongs[i]].max()
+            ranks[i] = 1 + np.sum(row >= best) - np.sum(row[belongs[i]] >= best)
     return ranks
 
 

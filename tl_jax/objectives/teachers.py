@@ -103,7 +103,10 @@ def self_ensembling(
     def predict(variables, batch):
         return model.apply(teacher_of(variables, decay, average_statistics), inputs_of(batch), train=False)
 
-    return Objective(init, loss, predict, start=start, streams=(source, target))
+    def export(variables):
+        return {**variables, **teacher_of(variables, decay, average_statistics)}
+
+    return Objective(init, loss, predict, start=start, export=export, streams=(source, target))
 
 
 def teacher_of(variables: Any, decay: float, average_statistics: bool = False) -> dict[str, Any]:
