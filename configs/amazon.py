@@ -6,7 +6,7 @@
 Counts of 5000 uni- and bigrams; 2000 labelled reviews of the source, the last tenth of which choose the checkpoint, and 2000
 unlabelled ones of the target; judged on the target's test set. One hidden layer of 50 sigmoid units, λ = 0.1, as in the
 authors' code, which takes one pair of examples a step at a rate of 0.001; here it is 20 pairs at 20 times that rate, each
-still seen as often. `train_reverse` (below) is how a λ is chosen without target labels.
+still seen as often. Without target labels a λ is chosen by reverse validation: `candidates` of experiments/amazon.py.
 """
 
 import ml_collections
@@ -44,3 +44,8 @@ def get_config(arg: str = 'books,dvd,dann') -> ml_collections.ConfigDict:
     c.patience = 30
     c.keep = 1
     return c
+
+
+def sweep():
+    for method in ('source', 'dann'):
+        yield f'books,dvd,{method}', {}

@@ -3,47 +3,150 @@
     python launch.py --config=configs/digits.py:mnist,usps,full,dann --workdir=runs/digits/dann
     python -m experiments.run digits --workdir=runs/digits       # all methods, both ways, sampled and full
 
-The argument names source, target, protocol and method. `sampled` takes 2000 images of MNIST and 1800 of USPS (Long et al. 2013,
-as ADDA does), `full` all training images; both are judged on all test images of the target. Images are 28×28, USPS enlarged
-from 16×16, in −1 … 1. Nothing is selected by a target label: the last state counts.
+The argument names source, target, protocol and method: source, dann, cdan, adda, coral, dan, mcd, shot_source, shot, shot_im or
+self_ensembling. `sampled` takes 2000 images of MNIST and 1800 of USPS (Long et al. 2013, as ADDA does), `full` all training
+images; both are judged on all test images of the target, by the last state. Images are 28×28, USPS enlarged from 16×16, in
+−1 … 1. Stages are shortened for a CPU; `--config.stages[0].steps=…` lengthens them. `shot` starts from the network of a
+`shot_source` run (`--config.model.source=…/model.safetensors`) and has no source stream at all.
 """
 
 import ml_collections
 
 SHARED = '../shared/data'
 SAMPLED = {'mnist': '[:2000]', 'usps': '[:1800]'}
-TRANSFORM = {
-    'mnist': ['to_float', dict(name='normalize', mean=[0.5], std=[0.5])],
-    'usps': [dict(name='resize', size=[28, 28]), 'to_float', dict(name='normalize', mean=[0.5], std=[0.5])],
-}
+CENTRE = ['to_float', dict(name='normalize', mean=[0.5], std=[0.5])]
+TRANSFORM = {'mnist': CENTRE, 'usps': [dict(name='resize', size=[28, 28]), *CENTRE]}
+
 DISCRIMINATOR = dict(name='mlp', dense=[500, 500], num_classes=1)
 ADAM = dict(name='adam', lr=1e-3)
-SUPERVISED = dict(name='supervised', stream='source')
+SLOW_ADAM = dict(name='adam', lr=2e-4, b1=0.5)
+ANNEALED = dict(name='momentum', lr=dict(name='annealed', peak=0.01))
+LENET = dict(name='lenet')
+# Saito et al. 2018 and French et al. 2018, for digits; Liang et al. 2020 with its bottleneck and weight-normalised head.
+MCD_NET = dict(
+    name='convnet', widths=[32, 48], kernel_size=5, padding=0, norm='batch', head=dict(name='mlp', widths=[100, 100])
+)
+ENSEMBLE_NET = dict(
+    name='convnet',
+    widths=[32, 64, 64],
+    kernel_size=[5, 3, 3],
+    padding=0,
+    pool=[2, 1, 2],
+    norm='batch',
+    vector_dropout=0.5,
+    dense=[256],
+)
+SHOT_NET = dict(
+    name='lenet',
+    conv_dropout=[0.0, 0.5],
+    dense=[256],
+    dense_norm='batch',
+    dense_activation='none',
+    dropout=0.5,
+    head='weight_norm',
+)
+SHOT_SGD = dict(
+    name='sgd', momentum=0.9, nesterov=True, weight_decay=1e-3, lr=dict(name='annealed', peak=0.01, power=0.75)
+)
+# Where the source is USPS, SHOT shifts and turns its images.
+SHOT_USPS = [
+    dict(name='resize', size=[28, 28]),
+    dict(name='random_crop', size=28, padding=4),
+    dict(name='rotate', degrees=10),
+    *CENTRE,
+]
 
 
 def get_config(arg: str = 'mnist,usps,full,dann') -> ml_collections.ConfigDict:
     source, target, protocol, method = arg.split(',')
     part = SAMPLED if protocol == 'sampled' else {'mnist': '', 'usps': ''}
+    steps = 1500 if protocol == 'sampled' else 2500
     c = ml_collections.ConfigDict()
     c.name = f'{source} → {target} ({protocol}), {method}'
-    c.model = dict(name='lenet')
+    c.model = LENET
+    labelled = f'npz:{SHARED}/{source}.npz/train{part[source]}'
+    unlabelled = dict(spec=f'npz:{SHARED}/{target}.npz/train{part[target]}', unlabelled=True)
     c.data = dict(
-        train=dict(
-            source=f'npz:{SHARED}/{source}.npz/train{part[source]}',
-            target=dict(spec=f'npz:{SHARED}/{target}.npz/train{part[target]}', unlabelled=True),
-        ),
-        test=dict(
-            target=f'npz:{SHARED}/{target}.npz/test',
-            source=f'npz:{SHARED}/{source}.npz/test',
-        ),
+        train=dict(source=labelled, target=unlabelled),
+        test=dict(target=f'npz:{SHARED}/{target}.npz/test', source=f'npz:{SHARED}/{source}.npz/test'),
         train_transform=dict(source=TRANSFORM[source], target=TRANSFORM[target]),
         eval_transform=dict(source=TRANSFORM[source], target=TRANSFORM[target]),
     )
     c.batch_size = 64
     c.log_every = 100
     c.keep = 1
-    c.objective = SUPERVISED
-    c.stages = [dict(name='source', steps=1000, train=[('.*', ADAM)])]
-    if method == 'dann':
-        c.objective = dict(name='dann', discriminator=DISCRIMINATOR)
+    c.objective, c.stages = METHODS[method](c, steps)
+    if method.startswith('shot') and source == 'usps':
+        c.data.train_transform.source = SHOT_USPS
+    if method in ('shot', 'shot_im'):
+        del c.data.train['source'], c.data.test['source']
+        del c.data.train_transform['source'], c.data.eval_transform['source']
     return c
+
+
+def supervised(label_smoothing: float = 0.0) -> dict:
+    return dict(name='supervised', stream='source', label_smoothing=label_smoothing)
+
+
+def one_stage(objective: dict, optimizer: dict = ADAM, **model):
+    """A method that trains everything at once from scratch."""
+
+    def build(c, steps):
+        c.model = model or LENET
+        return objective, [dict(name=objective['name'], steps=steps, train=[('.*', optimizer)])]
+
+    return build
+
+
+def adda(c, steps):
+    c.batch_size = 128
+    return dict(name='adda', discriminator=DISCRIMINATOR), [
+        dict(name='source', steps=steps, objective=supervised(), train=[('.*', ADAM)]),
+        dict(name='adapt', steps=steps, train=[('(target|discriminator)/.*', SLOW_ADAM)]),
+    ]
+
+
+def shot_source(c, steps):
+    c.model = SHOT_NET
+    return supervised(0.1), [dict(name='source', steps=2 * steps, train=[('.*', SHOT_SGD)])]
+
+
+def shot(pseudo_weight: float):
+    def build(c, steps):
+        c.model = SHOT_NET
+        c.refresh_every = 500
+        return dict(name='shot', pseudo_weight=pseudo_weight), [
+            dict(name='adapt', steps=steps, train=[('backbone/.*', SHOT_SGD)])
+        ]
+
+    return build
+
+
+def self_ensembling(c, steps):
+    c.model = ENSEMBLE_NET
+    c.batch_size = 128
+    view = dict(translation=2.0, noise=0.1, fill=-1.0)
+    return dict(name='self_ensembling', class_balance=0.0, view=view), [
+        dict(name='adapt', steps=steps, train=[('.*', ADAM)])
+    ]
+
+
+METHODS = {
+    'source': one_stage(supervised()),
+    'dann': one_stage(dict(name='dann', discriminator=DISCRIMINATOR, weight=0.5), ANNEALED),
+    'cdan': one_stage(dict(name='cdan', discriminator=DISCRIMINATOR, weight=0.5, product='multilinear'), ANNEALED),
+    'coral': one_stage(dict(name='coral', weight=1.0)),
+    'dan': one_stage(dict(name='dan', gamma=10.0)),
+    'mcd': one_stage(dict(name='mcd', repeats=4), dict(name='adam', lr=2e-4, weight_decay=5e-4), **MCD_NET),
+    'adda': adda,
+    'shot_source': shot_source,
+    'shot': shot(0.1),
+    'shot_im': shot(0.0),
+    'self_ensembling': self_ensembling,
+}
+
+
+def sweep():
+    for method in METHODS:
+        if not method.startswith('shot'):
+            yield f'mnist,usps,full,{method}', {}

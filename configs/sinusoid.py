@@ -2,10 +2,10 @@
 
     python launch.py --config=configs/sinusoid.py:maml --workdir=runs/sinusoid/maml
 
-The argument is maml, metasgd, fomaml, anil, reptile or pretrained (one network for all tasks, the paper's baseline). As the
-flags of cbfinn/maml: two layers of 40 ReLU, 5 points to adapt on and 5 to be judged by, one inner step of rate 0.01, 25 tasks a
-step, Adam at 1e-3, 70,000 steps. Tested on 600 curves, with 5, 10 and 20 points to adapt on and 100 to be judged by;
-`test_5/mse_step1` is the figure of the tables, the rest the curve of ten steps.
+The argument is maml, metasgd, fomaml, anil, reptile or pretrained (one network for all tasks, the paper's baseline). As
+the flags of cbfinn/maml: two layers of 40 ReLU, 5 points to adapt on and 5 to be judged by, one inner step of rate
+0.01, 25 tasks a step, Adam at 1e-3, 70,000 steps. Tested on 600 curves, with 5, 10 and 20 points to adapt on and 100 to
+be judged by; `test_5/mse_step1` is the figure of the tables, the rest the curve of ten steps.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def get_config(arg: str = 'maml') -> ml_collections.ConfigDict:
     c.eval_batch_size = 600
     c.stages = [dict(name=arg, steps=70_000, train=[('.*', dict(name='adam', lr=1e-3))])]
     if arg == 'reptile':
-        # As the authors' published demonstration: one pass over 50 points, ten at a time, one task a step, ε from 0.1 to 0.
+        # As the authors' published demonstration: one pass over 50 points, ten at a time; one task a step; ε from 0.1 to 0.
         c.data.train.support = 50
         c.gradient = dict(name='reptile', inner_steps=5, inner_lr=0.02, inner_batch=10)
         c.objective.update(inner_lr=0.02, eval_steps=32)

@@ -145,6 +145,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
                 batch_size=config['batch_size'],
             )
         )
+    if data.sample_rate is not None and len(stages) > 1:
+        raise UserError('config.stages: the privacy spent is accounted over one stage; give one')
     batch = {name: stream.batch_at(0) for name, stream in data.streams.items()}
     return Experiment(config, data, stages, batch)
 

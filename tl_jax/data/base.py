@@ -62,7 +62,7 @@ def select(source: Source, indices: np.ndarray) -> Source:
 def without_labels(source: Source) -> Source:
     """The same examples, their labels gone for good."""
     get = source.get
-    return source._replace(get=lambda i: {k: v for k, v in get(i).items() if k != 'label'}, labels=None)
+    return source._replace(get=lambda i: {k: v for k, v in get(i).items() if not k.startswith('label')}, labels=None)
 
 
 def predicted_labels(source: Source, path: str) -> Source:

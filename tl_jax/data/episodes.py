@@ -21,7 +21,7 @@ def episodes(
     count: int = 1_000_000,
     seed: int = 0,
 ) -> Source:
-    """N-way K-shot tasks (Vinyals et al. 2016, arXiv:1606.04080, sec. 4.1): example i is a whole task, by (seed, i) alone.
+    """N-way K-shot tasks (Vinyals et al. 2016, arXiv:1606.04080, sec. 4.1): example i is a task, by (seed, i) alone.
 
     Of `ways` classes, drawn at random and renamed 0 … N - 1, it holds K = `shots` examples each to learn from and Q =
     `queries` others to be judged by, class by class: `support_image` [N·K, H, W, C], `support_label` int32 [N·K],

@@ -15,14 +15,15 @@ RESAMPLING = {'nearest': Image.Resampling.NEAREST, 'lanczos': Image.Resampling.L
 
 
 def open_omniglot(path: str, *, size: int = 28, interpolation: Literal['nearest', 'lanczos'] = 'nearest') -> Source:
-    """`omniglot:DIR/train|val|trainval|test`: 20 drawings of every character turned by 0, 90, 180 and 270 degrees, each a class.
+    """`omniglot:DIR/train|val|trainval|test`: 20 drawings of every character, each of its four rotations a class.
 
-    `DIR/omniglot.npz` holds `strokes` uint8 [32460, 1379] (the bits of 105×105, ink 1), `character` [32460] and `names` [1623];
-    `DIR/omniglot_splits/SPLIT.txt` a class a line, `Alphabet/characterNN/rotDDD`: the split of Vinyals et al. 2016
-    (arXiv:1606.04080), 4112, 688, 4800 and 1692 classes. Images are uint8 [size, size, 1], ink 255.
+    `DIR/omniglot.npz` holds `strokes` uint8 [32460, 1379] (the bits of 105×105, ink 1), `character` [32460] and `names`
+    [1623]; `DIR/omniglot_splits/SPLIT.txt` a class a line, `Alphabet/characterNN/rotDDD`: the split of Vinyals et al.
+    2016 (arXiv:1606.04080), 4112, 688, 4800 and 1692 classes. Images are uint8 [size, size, 1], ink 255.
 
-    They are made as in the code of Snell et al. 2017 (jakesnell/prototypical-networks): counter-clockwise turns and, as Pillow
-    has it for an image of bits, 'nearest' sampling; theirs are also transposed. Finn et al. 2017 resample by 'lanczos'.
+    They are made as in the code of Snell et al. 2017 (jakesnell/prototypical-networks): counter-clockwise turns and, as
+    Pillow has it for an image of bits, 'nearest' sampling; theirs are also transposed. Finn et al. 2017 resample by
+    'lanczos'.
     """
     name = f'omniglot:{path}'
     folder, _, split = path.rpartition('/')
@@ -57,6 +58,6 @@ def _parse(line: str, number: dict[str, int], file: str) -> tuple[int, int]:
 
 
 def _drawings(strokes: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
-    """The packed bits [n, 1379] as images uint8 [n, size, size, 1]. Turning them afterwards gives the same as before."""
+    """The packed bits [n, 1379] as images uint8 [n, size, size, 1]. They may be turned before or after."""
     bitmaps = np.unpackbits(strokes, axis=1, count=SIDE * SIDE).reshape(-1, SIDE, SIDE) * np.uint8(255)
     return np.stack([np.asarray(Image.fromarray(b).resize((size, size), resample)) for b in bitmaps])[..., None]

@@ -23,9 +23,9 @@ def open_sinusoid(
 ) -> Source:
     """`sinusoid:train|val|test`: regression tasks y = a sin(f x - p) (Finn et al. 2017, arXiv:1703.03400, sec. 5.1).
 
-    a ~ U[0.1, 5], p ~ U[0, π], f = 1, x ~ U[-5, 5]. Example i is a task, by (split, seed, i) alone: `support_inputs` and
-    `support_target` float32 [support, 1], `query_inputs` and `query_target` [query, 1]. Its curve does not depend on the
-    numbers of points, so that 5, 10 and 20 shots can be compared on the same curves.
+    a ~ U[0.1, 5], p ~ U[0, π], f = 1, x ~ U[-5, 5]. Example i is a task, by (split, seed, i) alone: `support_inputs`
+    and `support_target` float32 [support, 1], `query_inputs` and `query_target` [query, 1]. Its curve does not depend
+    on the numbers of points, so that 5, 10 and 20 shots can be compared on the same curves.
 
     All are drawn when the source is opened, 8 bytes a point: a batch must then cost next to nothing.
     """

@@ -189,10 +189,10 @@ def _stack(field: str, examples: list[dict], indices: np.ndarray, name: str) -> 
     values = [example[field] for example in examples]
     if field != 'label':
         for index, value in zip(indices, values, strict=True):
-            if value.shape != values[0].shape:
+            if np.shape(value) != np.shape(values[0]):
                 raise UserError(
-                    f'{name}: {field} of example {index} is {list(value.shape)}, of example {indices[0]} '
-                    f'{list(values[0].shape)}; add a transform that makes sizes equal (resize, a crop)'
+                    f'{name}: {field} of example {index} is {list(np.shape(value))}, of example {indices[0]} '
+                    f'{list(np.shape(values[0]))}; add a transform that makes sizes equal (resize, a crop)'
                 )
     return np.array(values)
 

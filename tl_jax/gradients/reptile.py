@@ -20,17 +20,17 @@ def reptile(
     inner_batch: int | None = None,
     inner_optimizer: Literal['sgd', 'adam'] = 'sgd',
 ) -> Gradient:
-    """The way back from where k steps on each task lead (Nichol et al. 2018, arXiv:1803.02999, algorithm 2 for a batch).
+    """The way back from where k steps on each task lead (Nichol et al. 2018, arXiv:1803.02999, algorithm 2).
 
     g = mean over tasks of θ - θ_k;  the outer rate is thus the ε of the paper, with 'sgd' θ ← θ + ε mean(θ_k - θ).
 
     Args:
       inner_steps: k.
       inner_lr: rate of the steps.
-      inner_batch: support examples a step, drawn without replacement and, where they run out, in a new order; all of them
-        unless given.
-      inner_optimizer: 'sgd', or 'adam' with b1 = 0 as in the authors' code, started anew for every task (theirs carries its
-        second moments from task to task).
+      inner_batch: support examples a step, drawn without replacement and, where they run out, in a new order; all of
+        them unless given.
+      inner_optimizer: 'sgd', or 'adam' with b1 = 0 as in the authors' code, started anew for every task (theirs carries
+        its second moments from task to task).
 
     The loss must be one of `support_*` fields [tasks, examples, …], such as that of the objective `joint`, and all
     streams hold as many tasks. The value and the metrics are means over steps; collections stay.

@@ -1,11 +1,12 @@
 """Learning to adapt: objectives whose parameters are where the gradient descent of a new task begins.
 
-A task of a batch is `support_*`, to adapt on, and `query_*`, to be judged by: `image`, `inputs` or `tokens` [B, S, …], with
-`label` [B, S] (cross-entropy; accuracy) or `target` [B, S, D] (mean squared error). The tasks are independent: `jax.vmap` runs
-them side by side, each with weights of its own, which a convolution takes best as a product of patches (`Conv(form='patches')`).
+A task of a batch is `support_*`, to adapt on, and `query_*`, to be judged by: `image`, `inputs` or `tokens` [B, S, …],
+with `label` [B, S] (cross-entropy; accuracy) or `target` [B, S, D] (mean squared error). The tasks are independent:
+`jax.vmap` runs them side by side, each with weights of its own, which a convolution takes best as a product of patches
+(`Conv(form='patches')`).
 
-The networks work in training mode throughout, as in Finn's code: batch normalisation uses the statistics of the task's own
-support or query examples (so that queries are judged together, "transductively"), and the stored ones never move.
+The networks work in training mode throughout, as in Finn's code: batch normalisation uses the statistics of the task's
+own support or query examples (so that queries are judged together, "transductively"), and the stored ones never move.
 """
 
 from collections.abc import Callable
@@ -48,12 +49,13 @@ def maml(
       eval_steps: of the curve that evaluation reports; K unless given.
       inner_rule: regex over the parameters that adapt; 'head/.*' is ANIL (Raghu et al. 2020, arXiv:1909.09157).
       first_order: see above.
-      learn_lr: Meta-SGD (Li et al. 2017, arXiv:1707.09835, eq. 5): α is learned, an entry for every parameter that adapts,
-        as the role `inner_lr`; it starts from the number given.
+      learn_lr: Meta-SGD (Li et al. 2017, arXiv:1707.09835, eq. 5): α is learned, an entry for every parameter that
+        adapts, as the role `inner_lr`; it starts from the number given.
       stream: of tasks.
 
-    Nats, or squared units of the target. Figures: the mean over tasks of the queries' `accuracy` and `loss`, or `mse`, after
-    each of 0 … `eval_steps` steps (`mse_step1`), the last also by its plain name, with 95% intervals (`mse_ci95`).
+    Nats, or squared units of the target. Figures: the mean over tasks of the queries' `accuracy` and `loss`, or `mse`,
+    after each of 0 … `eval_steps` steps (`mse_step1`), the last also by its plain name, with 95% intervals
+    (`mse_ci95`).
     """
 
     def init(key, batch):
@@ -101,9 +103,9 @@ def joint(
 
     loss = mean over tasks of L_support(θ)
 
-    By itself it is the baseline of Finn et al. 2017 (arXiv:1703.03400, sec. 5.1), a network trained on all tasks jointly; with
-    the gradient `reptile` it is Reptile. `inner_optimizer`, 'sgd' or 'adam' (with b1 = 0, as Reptile has it), is that of
-    evaluation; other arguments, units and figures as of `maml`.
+    By itself it is the baseline of Finn et al. 2017 (arXiv:1703.03400, sec. 5.1), a network trained on all tasks
+    jointly; with the gradient `reptile` it is Reptile. `inner_optimizer`, 'sgd' or 'adam' (with b1 = 0, as Reptile has
+    it), is that of evaluation; other arguments, units and figures as of `maml`.
     """
 
     def init(key, batch):
@@ -183,13 +185,12 @@ def _adaptation(model, variables, batch, optimizer, steps, inner_rule) -> dict[s
 def adaptation_figures(predictions: dict[str, np.ndarray]) -> dict[str, float]:
     """Curves [tasks, steps + 1] as means over tasks with their 95% intervals, 1.96 standard errors."""
     figures = {}
-    for metric, curve in predictions.items():
-        if curve.ndim != 2:
-            continue
-        interval = 1.96 * curve.std(0) / np.sqrt(len(curve))
-        for step, (mean, half) in enumerate(zip(curve.mean(0), interval, strict=True)):
-            figures |= {f'{metric}_step{step}': mean, f'{metric}_step{step}_ci95': half}
-        figures |= {metric: curve[:, -1].mean(), f'{metric}_ci95': interval[-1]}
+    for metric in predictions.keys() & {'accuracy', 'loss', 'mse'}:
+        curve = predictions[metric].astype(np.float64)
+        means, intervals = curve.mean(0), 1.96 * curve.std(0) / np.sqrt(len(curve))
+        names = [*(f'{metric}_step{step}' for step in range(len(means))), metric]
+        for name, step in zip(names, [*range(len(means)), -1], strict=True):
+            figures |= {name: means[step], f'{name}_ci95': intervals[step]}
     return figures
 
 

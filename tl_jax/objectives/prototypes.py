@@ -18,12 +18,12 @@ def protonet(
 
     c_k = mean of f(x) over the support of class k;  loss = -log softmax_k(-scale · d(f(x), c_k))[y], mean over queries.
 
-    d is the squared Euclidean distance, or 1 - cosine. One pass of the network takes support and queries of all episodes of
-    the batch, as the authors' takes those of its one, and batch normalisation sees them together.
+    d is the squared Euclidean distance, or 1 - cosine. One pass of the network takes support and queries of all
+    episodes of the batch, as the authors' takes those of its one, and batch normalisation sees them together.
 
-    Expects episodes: `support_image` [B, S, H, W, C], `support_label` [B, S] of 0 … N - 1, and the same of `query`, any N
-    and any number of shots. The network has no head. Nats per query. Figures: mean accuracy over episodes, its 95% interval
-    (± 1.96 standard errors) and the mean loss.
+    Expects episodes: `support_image` [B, S, H, W, C], `support_label` [B, S] of 0 … N - 1, and the same of `query`, any
+    N and any number of shots. The network has no head. Nats per query. Figures: mean accuracy over episodes, its 95%
+    interval (± 1.96 standard errors) and the mean loss.
     """
 
     def init(key, batch):
@@ -50,8 +50,8 @@ def prototypes(
 ) -> tuple[Float[Array, 'support dim'], Int[Array, 'support']]:
     """The mean of each class's features, and the number of examples that it is of.
 
-    There are as many rows as examples, since no more classes can occur, and shapes then say nothing of ways and shots; those
-    beyond the number of classes are zero, of 0 examples.
+    There are as many rows as examples, since no more classes can occur, and shapes then say nothing of ways and shots;
+    those beyond the number of classes are zero, of 0 examples.
     """
     members = jax.nn.one_hot(label, label.shape[0])
     counts = jnp.sum(members, 0)
@@ -96,6 +96,6 @@ def _unpool(features: Float[Array, 'images dim'], fields: dict[str, Any]) -> tup
 
 
 def _figures(predictions: dict[str, np.ndarray]) -> dict[str, float]:
-    accuracy = predictions['accuracy']
+    accuracy = predictions['accuracy'].astype(np.float64)
     interval = 1.96 * accuracy.std() / np.sqrt(len(accuracy))
     return {'accuracy': accuracy.mean(), 'accuracy_ci95': interval, 'loss': predictions['loss'].mean()}
