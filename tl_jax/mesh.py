@@ -119,6 +119,8 @@ def put_everywhere(tree: Any, mesh: Mesh) -> Any:
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Places this process's rows of a batch as its part of the global one."""
     sharding = over_batch(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), dict(batch))
 
 

@@ -32,7 +32,9 @@ class Progress:
     def show(self, step: int, values: Mapping[str, float], *, keep: bool = False) -> None:
         """Rewrites the line, or starts a new one where the output is a file or `keep` is set."""
         rate = self.rate(step)
-        shown = '  '.join(f'{k} {v:.4g}' for k, v in values.items() if k.endswith(('loss', 'accuracy')))
+        shown = '  '.join(
+            f'{k} {v:.4g}' for k, v in values.items() if k.endswith(('loss', 'accuracy', 'mse', 'recall@1', 'epsilon'))
+        )
         left = (self._end - step) * self._batch / rate if rate else 0.0
         eta = (
             f'  {rate:.0f} examples/s  ETA {int(left // 60)}:{int(left % 60):02d}' if rate and step < self._end else ''

@@ -151,14 +151,17 @@ def commit() -> str | None:
 def model_card(config: Mapping[str, Any], class_names: Any, batch: Mapping[str, Any]) -> dict[str, str]:
     """What `model.safetensors` says of itself: all that prediction needs besides the weights."""
     fields = {k: v for k, v in config['model'].items() if k not in ('source', 'ignore', 'fresh')}
-    inputs = inputs_of(next(iter(batch.values())))
+    stream = next(iter(batch.values()))
+    # An episode's inputs stand one axis deeper, under the prefix of its part.
+    plain = {'image', 'inputs', 'tokens'} & set(stream)
+    shape = inputs_of(stream).shape[1:] if plain else inputs_of(stream, 'support_').shape[2:]
     return {
-        'image_shape': str(inputs.shape[1:]),
+        'image_shape': str(shape),
         'tl_jax': json.dumps(
             {
                 'model': fields,
                 'class_names': list(class_names),
-                'input_shape': inputs.shape[1:],
+                'input_shape': shape,
                 'eval_transform': config['data'].get('eval_transform', []),
                 'dtype': config['dtype'],
             }

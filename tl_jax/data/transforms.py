@@ -43,7 +43,7 @@ def make_transform(items: Sequence[str | Mapping[str, Any]]) -> Callable[[dict, 
     def transform(example: dict, rng: Generator) -> dict:
         field = 'image' if 'image' in example else 'inputs'
         if field not in example:
-            raise UserError(f"transforms act on the field image or inputs; these examples have {', '.join(example)}")
+            raise UserError(f'transforms act on the field image or inputs; these examples have {", ".join(example)}')
         array = example[field]
         for function in functions:
             array = function(array, rng)
