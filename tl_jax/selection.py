@@ -58,7 +58,7 @@ def selection_from(
     metric = metric or 'accuracy'
     if metrics is not None and metric not in metrics:
         raise UserError(f"config.select_by: unknown metric '{metric}'; {nearest(metric, metrics)}")
-    sign = -1.0 if metric.startswith(('loss', 'mse')) else 1.0
+    sign = -1.0 if metric.rpartition('/')[2].startswith(('loss', 'mse')) else 1.0
     if split == 'oracle' and test_splits:
         return Selection(f'{test_splits[0]}/{metric}', sign, True)
     if split not in eval_splits:

@@ -161,9 +161,9 @@ def test_figures_are_means_over_tasks():
         p = np.exp(predictions[f'logits_{task}'])
         p /= p.sum(1, keepdims=True)
         right = p[np.arange(50), predictions[f'label_{task}']]
-        np.testing.assert_allclose(figures[f'loss_{task}'], -np.log(right).mean(), rtol=1e-9)
-        assert figures[f'accuracy_{task}'] == np.mean(right == p.max(1))
-    assert figures['accuracy'] == np.mean([figures[f'accuracy_{t}'] for t in TASKS])
+        np.testing.assert_allclose(figures[f'{task}/loss'], -np.log(right).mean(), rtol=1e-9)
+        assert figures[f'{task}/accuracy'] == np.mean(right == p.max(1))
+    assert figures['accuracy'] == np.mean([figures[f'{t}/accuracy'] for t in TASKS])
 
 
 @pytest.mark.parametrize(
@@ -208,4 +208,4 @@ def test_a_run_reports_every_task(digits_config, tmp_path):
     train_and_evaluate(config, tmp_path / 'run')
     records = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     last = next(r for r in reversed(records) if 'val/accuracy' in r)
-    assert last['val/accuracy'] == pytest.approx((last['val/accuracy_left'] + last['val/accuracy_right']) / 2)
+    assert last['val/accuracy'] == pytest.approx((last['val/left/accuracy'] + last['val/right/accuracy']) / 2)

@@ -121,15 +121,14 @@ def gradnorm_gaps(
 
 
 def task_figures(predictions: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, float]:
-    """Loss (nats) and accuracy of every task, and their means over tasks as `loss` and `accuracy`."""
+    """`<task>/loss` (nats) and `<task>/accuracy`, and their means over tasks as `loss` and `accuracy`."""
     figures = {}
     for name in names:
         logits, label = predictions[f'logits_{name}'].astype(np.float64), predictions[f'label_{name}']
-        figures[f'loss_{name}'] = float(
-            np.mean(np.logaddexp.reduce(logits, -1) - np.take_along_axis(logits, label[:, None], -1)[:, 0])
-        )
-        figures[f'accuracy_{name}'] = float(np.mean(np.argmax(logits, -1) == label))
-    means = {kind: float(np.mean([figures[f'{kind}_{name}'] for name in names])) for kind in ('loss', 'accuracy')}
+        chosen = np.take_along_axis(logits, label[:, None], -1)[:, 0]
+        figures[f'{name}/loss'] = float(np.mean(np.logaddexp.reduce(logits, -1) - chosen))
+        figures[f'{name}/accuracy'] = float(np.mean(np.argmax(logits, -1) == label))
+    means = {kind: float(np.mean([figures[f'{name}/{kind}'] for name in names])) for kind in ('loss', 'accuracy')}
     return {**means, **figures}
 
 
