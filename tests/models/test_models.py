@@ -46,7 +46,11 @@ def shapes_of(model, image_shape, train=False):
     return variables, endpoints, updates
 
 
-@pytest.mark.parametrize('name', list_models())
+def test_every_model_is_counted_here_or_with_the_text_models():
+    assert set(list_models()) == {*PARAMETERS, 'text_bag', 'text_transformer'}
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
 def test_shapes_and_parameter_count(name):
     classes = 10 if name in CIFAR + SMALL else 1000
     image_shape = (2, 28, 28, 1) if name in SMALL else (2, 32, 32, 3)

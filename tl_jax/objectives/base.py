@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jax import nn
+from jax import lax, nn
 from jaxtyping import Array, Float, Int
 
 
@@ -35,7 +35,7 @@ class Aux(NamedTuple):
 
     metrics: dict[str, Any]
     collections: dict[str, Any]
-    losses: dict[str, Any] = {}
+    losses: dict[str, Any] = {}  # noqa: RUF012 (a mapping of another type would be no pytree)
 
 
 class Phase(NamedTuple):
@@ -107,6 +107,13 @@ def accuracy(logits: Float[Array, 'batch classes'], label: Int[Array, 'batch']) 
     return jnp.mean(jnp.argmax(logits, -1) == label)
 
 
+def unit(x: Float[Array, 'rows dim']) -> Float[Array, 'rows dim']:
+    """Rows of length 1, in float32."""
+    x = x.astype(jnp.float32)
+    # The floor stands under the root: the gradient at zero is then zero, not NaN.
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+
+
 def role(name: str, model: Model) -> Model:
     """The whole network as one role: its variables are `params/<name>/…`, `batch_stats/<name>/…`."""
 
@@ -116,16 +123,7 @@ def role(name: str, model: Model) -> Model:
     def around(variables):
         return {collection: {name: tree} for collection, tree in variables.items()}
 
-    def init(key, inputs):
-        return around(model.init(key, inputs))
-
-    def apply(variables, inputs, *, mutable=False, **options):
-        if mutable is False:
-            return model.apply(inside(variables), inputs, **options)
-        outputs, moved = model.apply(inside(variables), inputs, mutable=mutable, **options)
-        return outputs, around(moved)
-
-    return Model(init, apply)
+    return _renamed(model, inside, around)
 
 
 def recast(model: Model, **players: str) -> Model:
@@ -143,9 +141,13 @@ def recast(model: Model, **players: str) -> Model:
         return {**others, **{part: tree[player] for part, player in players.items() if player in tree}}
 
     def around(variables):
-        return {
-            c: {players.get(part, part): subtree for part, subtree in tree.items()} for c, tree in variables.items()
-        }
+        return {c: {players.get(part, part): sub for part, sub in tree.items()} for c, tree in variables.items()}
+
+    return _renamed(model, inside, around)
+
+
+def _renamed(model: Model, inside: Callable, around: Callable) -> Model:
+    """The network, its variables called otherwise outside: `inside` gives them its own names, `around` takes them away."""
 
     def init(key, inputs):
         return around(model.init(key, inputs))

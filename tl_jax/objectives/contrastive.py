@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from tl_jax import trees
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, role
+from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, role, unit
 
 MAX_SCALE = 100.0
 RANKS = (1, 5, 10)
@@ -144,12 +144,6 @@ def fingerprint(inputs: Array) -> UInt32[Array, 'batch 2']:
     bits = bits ^ bits >> 15
     weights = jax.random.bits(jax.random.key(0), (2, bits.shape[1]), jnp.uint32)
     return jnp.sum(bits[:, None] * weights, -1, dtype=jnp.uint32)
-
-
-def unit(x: Float[Array, 'batch dim']) -> Float[Array, 'batch dim']:
-    x = x.astype(jnp.float32)
-    # The floor stands under the root: the gradient at zero is then zero, not NaN.
-    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
 def similarity(first: Float[Array, 'a dim'], second: Float[Array, 'b dim']) -> Float[Array, 'a b']:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of
+from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, unit
 
 
 def protonet(
@@ -65,15 +65,10 @@ def _logits(distance: str, scale: float):
             # |q - c|² without the three-dimensional array of differences. It is not negative but for rounding.
             far = jnp.sum(query**2, 1)[:, None] - 2 * query @ centres.T + jnp.sum(centres**2, 1)
         else:
-            far = 1 - _unit(query) @ _unit(centres).T
+            far = 1 - unit(query) @ unit(centres).T
         return jnp.where(counts > 0, -scale * far, -jnp.inf)
 
     return of_episode
-
-
-def _unit(x: Float[Array, 'rows dim']) -> Float[Array, 'rows dim']:
-    # The floor stands under the root: the gradient at zero is then zero, not NaN.
-    return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
 def _scores(logits, label) -> tuple[Float[Array, 'episodes'], Float[Array, 'episodes']]:
