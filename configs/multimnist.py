@@ -18,13 +18,13 @@ import ml_collections
 METHODS = {
     'single_left': dict(tasks=['left']),
     'single_right': dict(tasks=['right']),
-    'uniform': dict(weights=[0.5, 0.5]),
+    'uniform': dict(),
     'uncertainty': dict(weights='uncertainty'),
     'gradnorm': dict(weights='gradnorm', shared_layer='backbone/dense1/kernel', asymmetry=0.5),
-    'pcgrad': dict(weights=[0.5, 0.5]),
-    'mgda': dict(),
+    'pcgrad': dict(),
+    'mgda': dict(weights='mgda_ub'),
 }
-GRADIENTS = {'pcgrad': dict(name='pcgrad'), 'mgda': dict(name='mgda')}
+GRADIENTS = {'pcgrad': dict(name='pcgrad')}
 
 
 def get_config(arg: str = 'mgda') -> ml_collections.ConfigDict:
@@ -45,7 +45,8 @@ def get_config(arg: str = 'mgda') -> ml_collections.ConfigDict:
     c.gradient = GRADIENTS.get(method, dict(name='plain'))
     c.batch_size = 256
     c.eval_batch_size = 1000
-    rate = dict(name='step', peak=0.01, at=[k / 10 for k in range(1, 10)], factor=0.85)
+    # The weights of `mgda` sum to 1, the others' to the number of tasks: the same rate a task.
+    rate = dict(name='step', peak=0.05 if method == 'mgda' else 0.025, at=[k / 10 for k in range(1, 10)], factor=0.85)
     rules = [('.*', dict(name='momentum', lr=rate))]
     if method == 'gradnorm':
         rules = [('task_weights/.*', dict(name='sgd', lr=0.025)), *rules]

@@ -6,7 +6,7 @@
 Arguments: METHOD[,5shot][,20way][,full]. What the shots and ways are: `protonet` learns from 60-way episodes of one
 shot, or of five, and is tested on 5 and 20 ways; the others learn the number of ways that they are tested on (5, or 20).
 
-Without `full` it is shortened for a CPU: ProtoNet takes 1,500 episodes (paper: 20,000), the others the fully connected
+Without `full` it is shortened for a CPU: ProtoNet takes 800 episodes of 20 ways (paper: 20,000 of 60), the others the fully connected
 network of Finn et al. 2017. With `full` it is the papers' protocol, for a GPU:
 
   protonet          Snell et al. 2017 (arXiv:1703.05175): four blocks of 64, Adam 1e-3 halved every 2,000 episodes
@@ -47,15 +47,14 @@ def protonet(c: ml_collections.ConfigDict, shots: int, full: bool) -> None:
     c.model = dict(CONV, num_classes=0)
     c.objective = dict(name='protonet')
     c.data = dict(
-        train=episodes('train', ways=60, shots=shots, queries=5, count=1_000_000),
+        train=episodes('train', ways=60 if full else 20, shots=shots, queries=5, count=1_000_000),
         eval=episodes('val', ways=5, shots=shots, queries=15, count=200 if full else 100),
         test={
-            f'test_{n}way_{k}shot': episodes('test', ways=n, shots=k, queries=15, count=1000 if full else 400)
+            f'test_{n}way_{shots}shot': episodes('test', ways=n, shots=shots, queries=15, count=1000 if full else 400)
             for n in (5, 20)
-            for k in (1, 5)
         },
     )
-    steps = 20_000 if full else 1_500
+    steps = 20_000 if full else 800
     halved = dict(name='step', peak=1e-3, at=list(range(2_000, steps, 2_000)), factor=0.5)
     adam = dict(name='adam', lr=halved if full else dict(name='cosine', peak=1e-3))
     c.batch_size, c.eval_batch_size = 1, 4

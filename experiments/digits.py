@@ -2,7 +2,8 @@
 
 Published, sampled: Tzeng et al. 2017 (ADDA, arXiv:1702.05464, table 2), as jindongwang/transferlearning data/benchmark.md
 at f951df1 has it. Full: tim-learn/SHOT results.md at f7d555a; Saito et al. 2018 (MCD, arXiv:1712.02560, table 1, from memory);
-French et al. 2018 (arXiv:1706.05208); corenel/pytorch-adda README. Where there is no figure, ours stands alone.
+French et al. 2018 (arXiv:1706.05208, table 1, MT+TF); corenel/pytorch-adda README. Where there is no figure, ours stands alone. SHOT and MCD
+divide USPS otherwise (7438 / 1860 images; here the usual 7291 / 2007).
 """
 
 from experiments.table import Cell
@@ -21,7 +22,8 @@ FIGURES = {
     'dann': ('DANN', {'sampled': (77.1, 73.0, 2.0, ADDA), 'full': (None, None, None, '')}),
     'adda': ('ADDA', {'sampled': (89.4, 90.1, 3.0, ADDA), 'full': (97.63, None, 2.0, 'pytorch-adda README')}),
     'coral': ('CORAL', {'sampled': (None, None, None, ''), 'full': (None, None, None, '')}),
-    'dan': ('MMD', {'sampled': (79.1, 66.5, 2.0, f'{ADDA}, DDC'), 'full': (None, None, None, '')}),
+    'ddc': ('DDC', {'sampled': (79.1, 66.5, 2.0, ADDA)}),
+    'dan': ('MMD', {'sampled': (None, None, None, ''), 'full': (None, None, None, '')}),
     'mcd': ('MCD', {'sampled': (94.2, 94.1, 1.5, 'MCD, table 1'), 'full': (96.5, None, 1.5, 'MCD, table 1')}),
     'shot_source': ('source (SHOT)', {'full': (79.7, 88.0, 4.0, 'SHOT results.md')}),
     'shot_im': ('SHOT-IM', {'full': (97.7, 97.6, 0.8, 'SHOT results.md')}),

@@ -1,7 +1,7 @@
 """Omniglot few-shot: ProtoNet on the split of Vinyals et al.
 
 Published: Snell et al. 2017 (arXiv:1703.05175), table 1, after 20,000 episodes; oscarknagg/few-shot README at 672de83 reruns it
-at 98.2 / 99.4 / 95.8 / 98.6. Shortened here to 1,500 episodes of a CPU, for which 5-way 5-shot ≥ 98.5 counts as reproduced;
+at 98.2 / 99.4 / 95.8 / 98.6. Shortened here to 800 episodes of 20 ways for a CPU, for which 5-way 5-shot ≥ 98.5 counts as reproduced;
 `--only='full*'` is the whole protocol, for a GPU.
 """
 
@@ -25,7 +25,7 @@ CELLS = [
         source='table 1',
         metric=f'test_{ways}way_{shots}shot/accuracy',
     )
-    for row, suffix in (('ProtoNet, 1,500 episodes', ''), ('full', ',full'))
+    for row, suffix in (('ProtoNet, 800 episodes', ''), ('full', ',full'))
     for (ways, shots), (published, tolerance) in FIGURES.items()
 ]
-QUICK = {'stages[*].steps': 2, 'data.test.test_5way_1shot.episodes.count': 4}
+QUICK = {'stages[*].steps': 2}

@@ -125,3 +125,31 @@ def test_slanted_triangular_is_ulmfits_equation_3():
     for t in (0, 1, 50, 99, 100, 101, 500, 999):
         p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / cut_fraction - 1))
         assert float(schedule(t)) == pytest.approx(peak * (1 + p * (ratio - 1)) / ratio, rel=1e-5)
+
+
+def test_a_schedule_goes_by_steps_however_many_phases_move_a_group():
+    """As MCD: the body moves in two phases of a step, the head in one."""
+    params = {'body': {'w': jnp.ones(3)}, 'head': {'w': jnp.ones(3)}}
+    rules = [('.*', {'name': 'sgd', 'lr': {'name': 'linear', 'peak': 1.0}})]
+    phases = [('both', '.*'), ('body', 'body/.*')]
+    partition = create_partition(rules, params, steps=10, phases=phases)
+    state = partition.optimizer.init(params)
+    taken = {'body': [], 'head': []}
+    for _ in range(3):
+        before = params
+        for number, (_, rule) in enumerate(phases):
+            grads = {role: {'w': jnp.ones(3)} for role in params if rule == '.*' or rule.startswith(role)}
+            params, state = partition.update(number, grads, state, params)
+        for role in params:
+            taken[role].append(float(before[role]['w'][0] - params[role]['w'][0]))
+    assert taken['head'] == pytest.approx([1.0, 0.9, 0.8], abs=1e-6)
+    assert taken['body'] == pytest.approx([2.0, 1.8, 1.6], abs=1e-6)
+
+
+def test_what_no_phase_moves_is_frozen_and_a_rule_for_it_alone_is_refused():
+    params = {'body': {'w': jnp.ones(3)}, 'head': {'w': jnp.ones(3)}}
+    sgd = {'name': 'sgd', 'lr': 0.1}
+    partition = create_partition([('.*', sgd)], params, steps=1, phases=[('adapt', 'body/.*')])
+    assert partition.trainable == {'body/w'}
+    with pytest.raises(UserError, match=r"train\[1\]: the rule 'head/.\*' trains only what no phase .* moves"):
+        create_partition([('body/.*', sgd), ('head/.*', sgd)], params, steps=1, phases=[('adapt', 'body/.*')])

@@ -70,3 +70,31 @@ def test_the_stored_network_is_the_adapted_one_alone(adaptation, tmp_path):
         summary(tmp_path / 'next')['metrics']['target/accuracy']
         == summary(tmp_path / 'dann')['metrics']['target/accuracy']
     )
+
+
+def test_a_target_without_a_labelled_stream_takes_its_classes_from_the_splits(adaptation):
+    config = adaptation('target', objective={'name': 'shot'})
+    del config['data']['train']['source']
+    assert len(build(resolve(config)).data.class_names) == 10
+
+
+def test_labels_that_a_method_needs_and_does_not_get_are_named(adaptation, tmp_path):
+    config = adaptation('target')
+    config['data']['train']['source'] = {'spec': config['data']['train']['source'], 'unlabelled': True}
+    with pytest.raises(UserError, match='labels are wanted'):
+        train_and_evaluate(config, tmp_path)
+
+
+def test_episodes_are_asked_for_by_name(digits_config, tmp_path):
+    with pytest.raises(UserError, match='learns from episodes'):
+        train_and_evaluate(digits_config(objective={'name': 'protonet'}), tmp_path)
+
+
+def test_only_stages_of_the_last_objective_are_selected_among(adaptation, tmp_path):
+    source = {'name': 'source', 'steps': 40, 'objective': {'name': 'supervised', 'stream': 'source'}}
+    stages = [
+        {**source, 'train': [['.*', ADAM]]},
+        {'name': 'adapt', 'steps': 40, 'train': [['.*', {'name': 'sgd', 'lr': 10.0}]]},  # ruins the network
+    ]
+    train_and_evaluate(adaptation('target', stages=stages, select_by='source_val/accuracy'), tmp_path)
+    assert summary(tmp_path)['selected_step'] > 40

@@ -26,9 +26,9 @@ DEFAULTS = {
     'name': '',  # shown in reports
     'seed': 0,  # of initialisation and of everything drawn during training; `data.seed` has its own
     'model': {},  # tl_jax.models.create_model, plus `source`: see tl_jax.experiment.model_from
-    'data': {},  # tl_jax.experiment.open_data
+    'data': {},  # tl_jax.experiment_data.open_data
     'objective': {'name': 'supervised'},  # tl_jax.objectives
-    'stages': [],  # each: steps | epochs | examples, and train = [(regex, optimizer)]
+    'stages': [],  # each: steps | epochs | examples, train = [(regex, optimizer)], and an objective and gradient of its own
     'batch_size': 32,  # examples a step over all devices
     'eval_batch_size': 256,
     'dtype': 'float32',  # of the computation; parameters and statistics stay float32

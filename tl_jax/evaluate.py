@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from tl_jax import mesh as mesh_lib
 from tl_jax.metrics import Classification, classification_figures
+from tl_jax.objectives.base import label_of
 
 
 class Predictions(NamedTuple):
@@ -32,7 +33,7 @@ def create_eval_step(predict: Callable, *, classification: bool = True) -> Calla
         if not classification:
             return None, dict(outputs)
         counted = Classification.single_from_model_output(
-            logits=outputs['logits'], label=batch['label'], mask=batch['mask']
+            logits=outputs['logits'], label=label_of(batch), mask=batch['mask']
         )
         kept = {'probabilities': jax.nn.softmax(outputs['logits'].astype(jnp.float32))}
         if 'features' in outputs:

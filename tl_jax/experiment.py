@@ -70,6 +70,11 @@ class Experiment(NamedTuple):
         """Whether stage `number` begins with an objective of its own rather than going on with the one before."""
         return number == 0 or self.stages[number].objective is not self.stages[number - 1].objective
 
+    @property
+    def first_comparable(self) -> int:
+        """The first stage whose figures are of the last one's objective: a checkpoint is selected from there on."""
+        return max(number for number in range(len(self.stages)) if self.begins(number))
+
     def shapes(self, number: int = 0) -> Any:
         """Shapes and dtypes of the variables in stage `number`, without computing them."""
         objective = self.stages[number].objective
@@ -147,6 +152,11 @@ def build(config: Mapping[str, Any]) -> Experiment:
         )
     if data.sample_rate is not None and len(stages) > 1:
         raise UserError('config.stages: the privacy spent is accounted over one stage; give one')
+    if data.sample_rate is not None and stages[0].objective.refresh:
+        raise UserError(
+            'config.objective: passes over whole data sets, which the accounted privacy does not cover; leave out '
+            'config.data.poisson or choose another objective'
+        )
     batch = {name: stream.batch_at(0) for name, stream in data.streams.items()}
     return Experiment(config, data, stages, batch)
 

@@ -157,7 +157,9 @@ def _open(given: str | Mapping, where: str, seed: int) -> Any:
 
 def _class_names(sources: Mapping[str, Any], held_out: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """The class names that all sources agree on; numbers where none has names, nothing where there are no labels."""
-    first = next((s for s in sources.values() if s.labels is not None or s.class_names is not None), None)
+    # Where all streams are unlabelled, the splits that judge the run name the classes.
+    every = [*sources.values(), *(source for group in held_out.values() for source in group.values())]
+    first = next((s for s in every if s.labels is not None or s.class_names is not None), None)
     if first is None:
         return ()
     names = first.class_names or tuple(str(i) for i in range(data_lib.num_classes(first)))

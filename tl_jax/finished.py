@@ -50,6 +50,10 @@ def trained(workdir: Path) -> Trained:
         about = json.loads(pretrained.read(path).metadata['tl_jax'])
     except (KeyError, ValueError):
         raise UserError(f'{path}: does not say which model it holds; it was not written by a run') from None
+    if not about.get('classification', True):
+        raise UserError(
+            f'{workdir}: its objective gives other figures than a classification; they stand in {workdir}/summary.json'
+        )
     names, shape = tuple(about['class_names']), tuple(about['input_shape'])
     fields, dtype = {**about['model'], 'source': str(path)}, jnp.dtype(about['dtype'])
     model = call(model_from, fields, 'config.model', classes=len(names), dtype=dtype, load=True)

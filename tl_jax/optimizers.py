@@ -90,6 +90,7 @@ def create_partition(
     winners = {path: i for path, i in winners.items() if i is not None and rules[i][1] is not None}
     if not winners:
         raise UserError(f"{field}: trains no leaf; add a rule such as ('head/.*', dict(name='adamw', lr=1e-3))")
+    winners = _moved_by_some(winners, rules, phases, field)
     moved = [frozenset(path for path in winners if re.fullmatch(rule, path)) for _, rule in phases]
     for (name, rule), paths in zip(phases, moved, strict=True):
         if not paths:
@@ -97,16 +98,23 @@ def create_partition(
     moved = moved or [frozenset(winners)]
     # A group is what one rule and the same phases share, so that a phase moves whole groups.
     labels = {
-        path: f'{i}/{"".join(str(n) for n, paths in enumerate(moved) if path in paths)}' for path, i in winners.items()
+        path: f'{i}/{"".join(f"{n}." for n, paths in enumerate(moved) if path in paths)}' for path, i in winners.items()
     }
     built = {
         i: create_optimizer(rules[i][1], steps=steps, where=f'{field}[{i}][1]') for i in sorted(set(winners.values()))
     }
+    groups = {}
+    for group in sorted(set(labels.values())):
+        rule, _, members = group.partition('/')
+        # optax counts updates, of which a step has as many as there are phases that move the group.
+        groups[group], _ = create_optimizer(
+            rules[int(rule)][1], steps=steps, updates=max(members.count('.'), 1), where=f'{field}[{rule}][1]'
+        )
     return Partition(
         trainable=frozenset(winners),
         phases=tuple(moved),
         optimizer=optax.multi_transform(
-            {group: built[int(group.split('/')[0])][0] for group in sorted(set(labels.values()))},
+            groups,
             trees.unflatten(labels),
         ),
         groups=tuple(frozenset(labels[path] for path in paths) for paths in moved),
@@ -114,13 +122,28 @@ def create_partition(
     )
 
 
+def _moved_by_some(
+    winners: Mapping[str, int], rules: trees.Rules, phases: Sequence[tuple[str, str]], field: str
+) -> dict[str, int]:
+    """The leaves that some phase moves; the others are frozen, whatever the rules say."""
+    kept = {p: i for p, i in winners.items() if not phases or any(re.fullmatch(rule, p) for _, rule in phases)}
+    for i in sorted(set(winners.values()) - set(kept.values())):
+        if kept:
+            raise UserError(
+                f"{field}[{i}]: the rule '{rules[i][0]}' trains only what no phase of the objective moves; remove it "
+                f'(phases: {", ".join(f"{name} {rule}" for name, rule in phases)})'
+            )
+    return kept
+
+
 def create_optimizer(
-    spec: Mapping[str, Any], *, steps: int, where: str
+    spec: Mapping[str, Any], *, steps: int, updates: int = 1, where: str
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds `dict(name=…, lr=…, weight_decay=0., **optax's own arguments)`.
 
     Weight decay is decoupled where optax's optimizer has it so (adamw, lamb, lion, adafactor), and otherwise added to the
-    gradient, as in torch.optim. It is 0 unless given, whatever optax's default.
+    gradient, as in torch.optim. It is 0 unless given, whatever optax's default. With several `updates` a step the schedule
+    still goes by steps.
 
     Returns:
       the transformation, and its learning rate as a function of the step within the stage.
@@ -134,9 +157,10 @@ def create_optimizer(
     if lr is None:
         raise UserError(f'{where}.lr: is required; a number, or a schedule such as dict(name="cosine", peak=1e-3)')
     schedule = create_schedule(lr, steps=steps, where=f'{where}.lr')
+    counted = schedule if updates == 1 else lambda count: schedule(count // updates)
     constructor, own_decay = OPTIMIZERS[name]
     extra = {own_decay: decay} if own_decay else {}
-    optimizer = call(constructor, options, where, learning_rate=schedule, **extra)
+    optimizer = call(constructor, options, where, learning_rate=counted, **extra)
     if decay and not own_decay:
         optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)
     return optimizer, schedule

@@ -20,7 +20,7 @@ def reverse_config(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
 
     Args:
       config: of the finished run, resolved: streams `source` and `target`, and the evaluation split `source_val`.
-      run: its directory; receives `predictions/reverse.npz`, the labels.
+      run: its directory; receives `reverse_labels.npz`.
 
     Returns:
       the config of the reverse run, whose figure is `source_val/accuracy`.
@@ -36,7 +36,7 @@ def reverse_config(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
             'config.data.eval: reverse validation needs the split source_val, labelled examples of the source that train '
             "nothing, such as eval=dict(source_val='npz:…[90%:]')"
         )
-    data, path = data_from(config), run / 'predictions' / 'reverse.npz'
+    data, path = data_from(config), run / 'reverse_labels.npz'
     labels = predict(trained(run), data.sources['target'], data.eval_transforms['target'])
     workdir_lib.save_predictions(path, labels, data.class_names, data.sources['target'], worst=0)
     source, target = (
@@ -46,7 +46,8 @@ def reverse_config(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
     target.pop('unlabelled', None)
     turned = copy.deepcopy(dict(config))
     turned['name'] = f'{config["name"]}, reversed'
-    turned['model'] = {**config['model'], 'source': str(run / 'model.safetensors')}
+    network = {name: value for name, value in config['model'].items() if name not in ('ignore', 'fresh')}
+    turned['model'] = {**network, 'source': str(run / 'model.safetensors')}
     turned['data'] = {
         **config['data'],
         'train': {'source': {**target, 'labels': str(path)}, 'target': {**source, 'unlabelled': True}},
@@ -59,5 +60,6 @@ def reverse_config(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
             other = {'source': 'target', 'target': 'source'}
             kept = {name: items for name, items in given.items() if name in ('source', 'target', 'source_val')}
             turned['data'][field] = {other.get(name, name): items for name, items in kept.items()}
-    turned['select_by'], turned['patience'], turned['report_before'] = 'source_val/accuracy', 0, False
+    # The last state: its score is on the only labels there are, which must not also choose.
+    turned['select_by'], turned['patience'], turned['report_before'] = 'last', 0, False
     return turned

@@ -22,7 +22,7 @@ from tl_jax.errors import UserError, nearest
 from tl_jax.evaluate import create_eval_step, evaluate
 from tl_jax.experiment import Experiment, build, bytes_of, inherited, parameter_count, started
 from tl_jax.metrics import figures_of
-from tl_jax.objectives import Objective
+from tl_jax.objectives import Objective, phases_of
 from tl_jax.optimizers import Partition
 from tl_jax.pretrained import save_variables
 from tl_jax.progress import Progress, say
@@ -96,10 +96,13 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
                 state = begin_stage(run, state, number)
             state = train_stage(run, state, place, asked_to_stop)
         checkpoints.wait()
-        steps, best = int(state.step), selection.best(log.records)
+        comparable = [r for r in log.records if r['stage'] >= experiment.first_comparable]
+        steps, best = int(state.step), selection.best(comparable)
         if best and best['step'] != steps:
             state, place = checkpoints.restore(best['step'], layout_of)
-        summary = {'steps': steps, **final_figures(run, state, place), 'seconds': seconds(), **about}
+        # What was spent counts to the last step, whichever checkpoint is chosen: the choice has seen them all.
+        spent = experiment.stages[-1].gradient.figures(steps - place.first_step)
+        summary = {'steps': steps, **final_figures(run, state, place, spent), 'seconds': seconds(), **about}
         if jax.process_index() == 0:
             workdir_lib.write_json(workdir / 'summary.json', summary)
     return state
@@ -140,18 +143,22 @@ def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: thread
             saving = last or stop or due(step - first, config['checkpoint_every'])
             saving |= evaluating and (bool(run.selection.field) or not config['checkpoint_every'])
             if evaluating or saving or due(step - first, config['log_every']):
-                values = settle(pending, step, run.experiment.streams(place.stage), layout.partition)
+                values = settle(pending, step, objective, run.experiment.streams(place.stage), layout.partition)
                 values |= learning_rates(layout.partition, step - 1 - first)
                 values |= {'examples_per_second': progress.rate(step), 'seconds': run.seconds()}
                 run.log.write(step, place.stage, values)
                 progress.show(step, values)
                 pending = []
+            spent = gradient.figures(step - first) if last or due(step - first, config['eval_every']) else {}
+            if spent:
+                run.log.write(step, place.stage, spent)
+                progress.show(step, spent, keep=True)
             score = None
             if evaluating:
-                values = {**evaluate_splits(run, state, objective, watched), **gradient.figures(step - first)}
+                values = evaluate_splits(run, state, objective, watched)
                 run.log.write(step, place.stage, values)
                 progress.show(step, values, keep=True)
-                score = run.selection.score(values)
+                score = run.selection.score(values) if place.stage >= run.experiment.first_comparable else None
             if saving:
                 run.checkpoints.save(state, place, layout.partition.trainable, score=score)
             if stop:
@@ -213,13 +220,13 @@ def refreshed(run: Run, state: TrainState, objective: Objective) -> TrainState:
         for batch in data.batches(stream, data.sources[stream]):
             yield mesh_lib.put_batch(batch, run.mesh)
 
-    changed = objective.refresh(variables_of(state), batches)
+    changed = mesh_lib.to_host(objective.refresh(variables_of(state), batches))
     where = {name: jax.tree.map(lambda leaf: leaf.sharding, state.collections[name]) for name in changed}
     return state._replace(collections={**state.collections, **mesh_lib.put(changed, where)})
 
 
 def settle(
-    pending: list[dict[str, Any]], step: int, streams: Mapping[str, Any], partition: Partition
+    pending: list[dict[str, Any]], step: int, objective: Objective, streams: Mapping[str, Any], partition: Partition
 ) -> dict[str, float]:
     """Fetches the metrics of the steps up to `step` and averages them.
 
@@ -231,12 +238,17 @@ def settle(
     for offset, record in enumerate(records):
         bad = next((k for k, v in record.items() if k.endswith(('loss', 'grad_norm')) and not np.isfinite(v)), None)
         if bad:
-            _refuse_nonfinite(bad, record, step - len(records) + offset, streams, partition)
+            _refuse_nonfinite(bad, record, step - len(records) + offset, objective, streams, partition)
     return figures_of([{k: v for k, v in r.items() if not k.endswith('bad_leaf')} for r in records])
 
 
 def _refuse_nonfinite(
-    bad: str, record: Mapping[str, Any], step: int, streams: Mapping[str, Any], partition: Partition
+    bad: str,
+    record: Mapping[str, Any],
+    step: int,
+    objective: Objective,
+    streams: Mapping[str, Any],
+    partition: Partition,
 ) -> None:
     where = []
     for name, stream in streams.items():
@@ -250,7 +262,8 @@ def _refuse_nonfinite(
                 )
         shown = ' '.join(map(str, batch['index'][:16])) + (' …' if len(batch['index']) > 16 else '')
         where.append(f"stream '{name}' examples {shown}")
-    phase = [k.rpartition('/')[0] for k in record if k.endswith('bad_leaf')].index(bad.rpartition('/')[0])
+    names = [phase.name for phase in phases_of(objective)]
+    phase = names.index(bad.split('/')[1]) if len(names) > 1 else 0
     paths = jax.tree.leaves(trees.unflatten({path: path for path in partition.phases[phase]}))
     leaf = paths[int(record[bad.rpartition('/')[0] + '/bad_leaf'])]
     raise UserError(
@@ -307,16 +320,14 @@ def store_predictions(run: Run, state: TrainState, objective: Objective, folder:
     return metrics
 
 
-def final_figures(run: Run, state: TrainState, place: Place) -> dict[str, Any]:
+def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str, float]) -> dict[str, Any]:
     """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
-    config, data = run.experiment.config, run.experiment.data
-    stage = run.experiment.stages[place.stage]
-    metrics = store_predictions(run, state, stage.objective)
-    metrics |= stage.gradient.figures(int(state.step) - place.first_step)
+    config, stage = run.experiment.config, run.experiment.stages[place.stage]
+    metrics = {**store_predictions(run, state, stage.objective), **spent}
+    network = mesh_lib.to_host(exported(stage.objective, variables_of(state, averaged=config['ema'] > 0)))
     if jax.process_index() == 0:
-        card = workdir_lib.model_card(config, data.class_names, run.experiment.batch)
-        network = exported(stage.objective, variables_of(state, averaged=config['ema'] > 0))
-        save_variables(run.workdir / 'model.safetensors', mesh_lib.to_host(network), card)
+        card = workdir_lib.model_card(run.experiment, stage.objective)
+        save_variables(run.workdir / 'model.safetensors', network, card)
     stages = [run.layout_of(number) for number in range(len(run.experiment.stages))]
     return {
         'name': config['name'],

@@ -148,10 +148,13 @@ def commit() -> str | None:
     return f'{name}-dirty' if name and changed.stdout.strip() else name or None
 
 
-def model_card(config: Mapping[str, Any], class_names: Any, batch: Mapping[str, Any]) -> dict[str, str]:
+def model_card(experiment: Any, objective: Any) -> dict[str, str]:
     """What `model.safetensors` says of itself: all that prediction needs besides the weights."""
+    config, batch, data = experiment.config, experiment.batch, experiment.data
     fields = {k: v for k, v in config['model'].items() if k not in ('source', 'ignore', 'fresh')}
-    stream = next(iter(batch.values()))
+    stream = batch[objective.streams[0]]
+    # The test split's transforms, as they are of the domain that the network is for.
+    judged = next(iter([*data.test, *data.eval, *data.streams]))
     # An episode's inputs stand one axis deeper, under the prefix of its part.
     plain = {'image', 'inputs', 'tokens'} & set(stream)
     shape = inputs_of(stream).shape[1:] if plain else inputs_of(stream, 'support_').shape[2:]
@@ -160,9 +163,10 @@ def model_card(config: Mapping[str, Any], class_names: Any, batch: Mapping[str, 
         'tl_jax': json.dumps(
             {
                 'model': fields,
-                'class_names': list(class_names),
+                'class_names': list(data.class_names),
+                'classification': objective.figures is None,
                 'input_shape': shape,
-                'eval_transform': config['data'].get('eval_transform', []),
+                'eval_transform': data.eval_transforms[judged],
                 'dtype': config['dtype'],
             }
         ),

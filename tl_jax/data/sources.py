@@ -92,6 +92,8 @@ def open_source(
     if labels is not None:
         source = predicted_labels(source, labels)
     if episodes is not None:
+        if unlabelled:
+            raise UserError(f'{spec}: episodes are made of labels; take away `unlabelled`')
         source = call(draw_episodes, episodes, f'{spec}: episodes', source)
     return without_labels(source) if unlabelled else source
 

@@ -66,7 +66,7 @@ def private(
             raise UserError(f'config.gradient.{field}: must be above 0, not {value}')
     if (noise_multiplier is None) == (epsilon is None):
         raise UserError('config.gradient: give exactly one of noise_multiplier and epsilon')
-    if batch_size % parts:
+    if parts < 1 or batch_size % parts:
         raise UserError(f'config.gradient.parts: {parts} parts do not divide a batch of {batch_size}')
     spent = functools.partial(epsilon_of, sample_rate=sample_rate, delta=delta, accountant=accountant)
     noise = noise_multiplier or calibrated_noise(lambda sigma: spent(sigma, steps=steps), epsilon)

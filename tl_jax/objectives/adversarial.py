@@ -24,6 +24,7 @@ from tl_jax.objectives.base import (
     cross_entropy,
     forward,
     inputs_of,
+    label_of,
     recast,
     role,
 )
@@ -231,7 +232,7 @@ def _adversarial(
     def loss(variables, batch, key):
         network_key, judge_key = jax.random.split(key)
         source, target, moved = both_domains(model, variables, batch, network_key, joint=joint)
-        label, count, coefficient = batch['source']['label'], source['logits'].shape[0], ramp(variables, gamma)
+        label, count, coefficient = label_of(batch['source']), source['logits'].shape[0], ramp(variables, gamma)
         outputs = {name: jnp.concatenate([source[name], target[name]]) for name in ('features', 'logits')}
         seen, weights = shown(variables, outputs, lambda x: reverse_gradient(x, coefficient))
         judged, judge_moved = forward(judge, variables, seen, judge_key)

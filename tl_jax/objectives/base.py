@@ -8,6 +8,8 @@ import optax
 from jax import lax, nn
 from jaxtyping import Array, Float, Int
 
+from tl_jax.errors import UserError
+
 
 class Model(NamedTuple):
     """A network as pure functions; `init` also loads pretrained weights, so what copies them copies the loaded ones.
@@ -80,7 +82,22 @@ class Objective(NamedTuple):
 
 def inputs_of(stream: dict[str, Any], prefix: str = '') -> Any:
     """What a model sees of a stream's batch: `image` [B, H, W, C], `inputs` [B, F] of a table, or `tokens` [B, L]."""
-    return next(stream[prefix + field] for field in ('image', 'inputs', 'tokens') if prefix + field in stream)
+    for field in ('image', 'inputs', 'tokens'):
+        if prefix + field in stream:
+            return stream[prefix + field]
+    if prefix in ('support_', 'query_'):
+        raise UserError(
+            f'config.data: this objective learns from episodes, and these examples have {", ".join(stream)}; give the source '
+            'episodes=dict(ways=5, shots=1, queries=5)'
+        )
+    raise UserError(f'config.data: a network takes image, inputs or tokens; these examples have {", ".join(stream)}')
+
+
+def label_of(stream: dict[str, Any]) -> Int[Array, 'batch']:
+    """The labels [B] of a stream's batch."""
+    if 'label' not in stream:
+        raise UserError('config.data: labels are wanted of a stream or split that has none; take away its `unlabelled`')
+    return stream['label']
 
 
 def phases_of(objective: Objective) -> tuple[Phase, ...]:

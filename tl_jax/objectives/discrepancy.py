@@ -8,7 +8,18 @@ from jaxtyping import Array, Float
 from tl_jax import trees
 from tl_jax.errors import UserError
 from tl_jax.objectives.adversarial import STREAMS, both_domains
-from tl_jax.objectives.base import Aux, Model, Objective, Phase, accuracy, cross_entropy, forward, inputs_of, recast
+from tl_jax.objectives.base import (
+    Aux,
+    Model,
+    Objective,
+    Phase,
+    accuracy,
+    cross_entropy,
+    forward,
+    inputs_of,
+    label_of,
+    recast,
+)
 
 
 def discrepancy(one: Float[Array, 'batch classes'], two: Float[Array, 'batch classes']) -> Float[Array, '']:
@@ -54,13 +65,13 @@ def mcd(model: Model, *, repeats: int = 4, weight: float = 1.0) -> Objective:
     def fit(variables, batch, key):
         network_key, head_key = jax.random.split(key)
         outputs, moved = forward(model, variables, inputs_of(batch['source']), network_key)
-        logits, label = classified(variables, outputs['features'], head_key), batch['source']['label']
+        logits, label = classified(variables, outputs['features'], head_key), label_of(batch['source'])
         return fit_to(logits, label), Aux({'accuracy': accuracy(sum(logits), label)}, moved)
 
     def maximise(variables, batch, key):
         network_key, source_key, target_key = jax.random.split(key, 3)
         source, target, moved = both_domains(model, variables, batch, network_key, joint=False)
-        value = fit_to(classified(variables, source['features'], source_key), batch['source']['label'])
+        value = fit_to(classified(variables, source['features'], source_key), label_of(batch['source']))
         distance = discrepancy(*classified(variables, target['features'], target_key))
         return value - weight * distance, Aux({'discrepancy': distance}, moved)
 

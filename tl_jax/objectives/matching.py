@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError, nearest
 from tl_jax.objectives.adversarial import STREAMS, both_domains, ramp
-from tl_jax.objectives.base import Aux, Model, Objective, accuracy, cross_entropy, inputs_of
+from tl_jax.objectives.base import Aux, Model, Objective, accuracy, cross_entropy, inputs_of, label_of
 
 # Around the mean squared distance by factors of 2, five of them, as in the authors' code.
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -136,7 +136,7 @@ def _matching(
                 raise UserError(f"config.objective.layers: there is no endpoint '{layer}'; {nearest(layer, source)}")
             flat = (x[layer].astype(jnp.float32).reshape(x[layer].shape[0], -1) for x in (source, target))
             distances[layer] = distance(*flat)
-        label = batch['source']['label']
+        label = label_of(batch['source'])
         value = jnp.mean(cross_entropy(source['logits'], label))
         value += weight * ramp(variables, gamma) * sum(distances.values())
         metrics = {'accuracy': accuracy(source['logits'], label), **{f'distance_{n}': d for n, d in distances.items()}}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax import nn
 
-from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of
+from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, label_of
 
 
 def supervised(
@@ -33,7 +33,7 @@ def supervised(
         fields = batch[stream]
         outputs, collections = forward(model, variables, inputs_of(fields), key)
         logits = outputs['logits'].astype(jnp.float32)
-        target = fields['target'] if 'target' in fields else nn.one_hot(fields['label'], num_classes)
+        target = fields['target'] if 'target' in fields else nn.one_hot(label_of(fields), num_classes)
         smooth = optax.smooth_labels(target, label_smoothing)
         share = jnp.ones(logits.shape[0]) if weights is None else target @ weights
         value = jnp.sum(share * optax.softmax_cross_entropy(logits, smooth)) / jnp.sum(share)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from tl_jax import trees
 from tl_jax.config import call
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import Aux, Model, Objective, accuracy, cross_entropy, forward, inputs_of
+from tl_jax.objectives.base import Aux, Model, Objective, accuracy, cross_entropy, forward, inputs_of, label_of
 from tl_jax.objectives.perturb import random_view
 
 
@@ -96,8 +96,8 @@ def self_ensembling(
         p, q = (nn.softmax(x['logits'].astype(jnp.float32)) for x in (student, teaching))
         unsupervised, metrics = disagreement(p, lax.stop_gradient(q), compare, confidence, class_balance)
         ramp = gaussian_ramp(variables['progress']['fraction'], rampup) if rampup else 1.0
-        supervised = jnp.mean(cross_entropy(labelled['logits'], batch[source]['label']))
-        metrics |= {'accuracy': accuracy(labelled['logits'], batch[source]['label']), 'supervised': supervised}
+        supervised = jnp.mean(cross_entropy(labelled['logits'], label_of(batch[source])))
+        metrics |= {'accuracy': accuracy(labelled['logits'], label_of(batch[source])), 'supervised': supervised}
         return supervised + weight * ramp * unsupervised, Aux(metrics, {**moved, 'teacher': teacher})
 
     def predict(variables, batch):
