@@ -3,11 +3,11 @@
     python launch.py --config=configs/digits.py:mnist,usps,full,dann --workdir=runs/digits/dann
     python -m experiments.run digits --workdir=runs/digits       # all methods, both ways, sampled and full
 
-The argument names source, target, protocol and method: source, dann, cdan, adda, coral, dan, ddc, mcd, shot_source, shot, shot_im or
-self_ensembling. `sampled` takes 2000 images of MNIST and 1800 of USPS (Long et al. 2013, as ADDA does), `full` all training
-images; both are judged on all test images of the target, by the last state. Images are 28×28, USPS enlarged from 16×16, in
-−1 … 1. Stages are shortened for a CPU; `--config.stages[0].steps=…` lengthens them. `shot` starts from the network of a
-`shot_source` run (`--config.model.source=…/model.safetensors`) and has no source stream at all.
+The argument names source, target, protocol and method: source, dann, cdan, adda, coral, dan, ddc, mcd, shot_source,
+shot, shot_im or self_ensembling. `sampled` takes 2000 images of MNIST and 1800 of USPS (Long et al. 2013, as ADDA does),
+`full` all training images; both are judged on all test images of the target, by the last state. Images are 28×28, USPS
+enlarged from 16×16, in −1 … 1. Stages are shortened for a CPU; `--config.stages[0].steps=…` lengthens them. `shot`
+starts from the network of a `shot_source` run (`--config.model.source=…/model.safetensors`) and has no source stream at all.
 """
 
 import ml_collections

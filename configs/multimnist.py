@@ -4,9 +4,9 @@
     python launch.py --config=configs/multimnist.py:mgda_full --workdir=runs/multimnist/mgda_full
 
 Methods: single_left, single_right, uniform, uncertainty, gradnorm, pcgrad, mgda. As they are 15 epochs, with `_full` the 100
-of the paper; `mgda` is MGDA-UB. Every image of ../shared/data/mnist.npz is the left digit of one example, another one drawn by a fixed seed its
-right digit; the published set is another draw. Batch 256, SGD with momentum 0.9, the rate times 0.85 after every tenth. The
-authors' dropout, of channels and in the heads, is left out.
+of the paper; `mgda` is MGDA-UB. Every image of ../shared/data/mnist.npz is the left digit of one example, another one
+drawn by a fixed seed its right digit; the published set is another draw. Batch 256, SGD with momentum 0.9, the rate
+times 0.85 after every tenth. The authors' dropout, of channels and in the heads, is left out.
 
 Published test accuracy, left/right: single 97.23/95.90, uniform 96.46/94.99, uncertainty 96.47/95.29, GradNorm 96.27/94.84,
 MGDA-UB 97.26/95.90.

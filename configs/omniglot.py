@@ -6,8 +6,8 @@
 Arguments: METHOD[,5shot][,20way][,full]. What the shots and ways are: `protonet` learns from 60-way episodes of one
 shot, or of five, and is tested on 5 and 20 ways; the others learn the number of ways that they are tested on (5, or 20).
 
-Without `full` it is shortened for a CPU: ProtoNet takes 800 episodes of 20 ways (paper: 20,000 of 60), the others the fully connected
-network of Finn et al. 2017. With `full` it is the papers' protocol, for a GPU:
+Without `full` it is shortened for a CPU: ProtoNet takes 800 episodes of 20 ways (paper: 20,000 of 60), the others the
+fully connected network of Finn et al. 2017. With `full` it is the papers' protocol, for a GPU:
 
   protonet          Snell et al. 2017 (arXiv:1703.05175): four blocks of 64, Adam 1e-3 halved every 2,000 episodes
   maml fomaml anil  Finn et al. 2017 (arXiv:1703.03400), flags of cbfinn/maml: four strided convolutions of 64, 60k steps

@@ -2,8 +2,8 @@
 
 Published, sampled: Tzeng et al. 2017 (ADDA, arXiv:1702.05464, table 2), as jindongwang/transferlearning data/benchmark.md
 at f951df1 has it. Full: tim-learn/SHOT results.md at f7d555a; Saito et al. 2018 (MCD, arXiv:1712.02560, table 1, from memory);
-French et al. 2018 (arXiv:1706.05208, table 1, MT+TF); corenel/pytorch-adda README. Where there is no figure, ours stands alone. SHOT and MCD
-divide USPS otherwise (7438 / 1860 images; here the usual 7291 / 2007).
+French et al. 2018 (arXiv:1706.05208, table 1, MT+TF); corenel/pytorch-adda README. Where there is no figure, ours stands
+alone. SHOT and MCD divide USPS otherwise (7438 / 1860 images; here the usual 7291 / 2007).
 """
 
 from experiments.table import Cell

@@ -1,8 +1,8 @@
 """Omniglot few-shot: ProtoNet on the split of Vinyals et al.
 
 Published: Snell et al. 2017 (arXiv:1703.05175), table 1, after 20,000 episodes; oscarknagg/few-shot README at 672de83 reruns it
-at 98.2 / 99.4 / 95.8 / 98.6. Shortened here to 800 episodes of 20 ways for a CPU, for which 5-way 5-shot ≥ 98.5 counts as reproduced;
-`--only='full*'` is the whole protocol, for a GPU.
+at 98.2 / 99.4 / 95.8 / 98.6. Shortened here to 800 episodes of 20 ways for a CPU, for which 5-way 5-shot ≥ 98.5 counts
+as reproduced; `--only='full*'` is the whole protocol, for a GPU.
 """
 
 from experiments.table import Cell

@@ -98,3 +98,30 @@ def test_only_stages_of_the_last_objective_are_selected_among(adaptation, tmp_pa
     ]
     train_and_evaluate(adaptation('target', stages=stages, select_by='source_val/accuracy'), tmp_path)
     assert summary(tmp_path)['selected_step'] > 40
+
+
+def test_more_ways_than_logits_are_refused(digits_config):
+    data = {'train': {'spec': 'sklearn:digits/train', 'episodes': {'ways': 6, 'shots': 1, 'queries': 1}}}
+    model = {'name': 'mlp', 'dense': [8], 'num_classes': 3}
+    with pytest.raises(UserError, match='config.model.num_classes: 3, and support_label .* reaches 5'):
+        build(resolve(digits_config(data=data, model=model, objective={'name': 'maml'})))
+
+
+def test_episodes_larger_than_a_class_are_refused(digits_config):
+    data = {'train': {'spec': 'sklearn:digits/train', 'episodes': {'ways': 5, 'shots': 60, 'queries': 5}}}
+    with pytest.raises(UserError, match='class .* has .* examples'):
+        build(resolve(digits_config(data=data, objective={'name': 'protonet'})))
+
+
+def test_privacy_is_not_claimed_where_it_is_not_accounted(digits_config):
+    private = {'name': 'private', 'clip': 1.0, 'noise_multiplier': 1.0, 'delta': 1e-5}
+    data = {'train': 'sklearn:digits/train', 'poisson': 0.01}
+    stage = {'steps': 2, 'train': [['.*', ADAM]]}
+    for changes, message in (
+        ({'gradient': {**private, 'delta': None}}, 'means nothing without δ'),
+        ({'gradient': {'name': 'plain'}}, "the gradient 'plain' does not know of it"),
+        ({'stages': [stage, stage]}, 'accounted over one stage'),
+        ({'objective': {'name': 'supervised', 'class_weights': 'balanced'}}, 'shares of a batch'),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(resolve(digits_config(**{'data': data, 'gradient': private, 'stages': [stage], **changes})))

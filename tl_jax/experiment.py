@@ -158,6 +158,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
             'config.data.poisson or choose another objective'
         )
     batch = {name: stream.batch_at(0) for name, stream in data.streams.items()}
+    _check_width(config['model'], batch)
     return Experiment(config, data, stages, batch)
 
 
@@ -201,6 +202,18 @@ def model_from(
     return Model(init, module.apply, classify)
 
 
+def _check_width(model: Mapping[str, Any], batch: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Refuses labels that a head of the config's own width has no logit for; a one-hot of them would be zero."""
+    width = model.get('num_classes')
+    for stream, fields in batch.items():
+        for field, values in fields.items():
+            if width and field.rpartition('_')[2] == 'label' and values.max(initial=0) >= width:
+                raise UserError(
+                    f"config.model.num_classes: {width}, and {field} of stream '{stream}' reaches {values.max()}; set it to "
+                    'the number of classes, or of ways'
+                )
+
+
 def create_objective(
     section: Mapping[str, Any],
     where: str,
@@ -227,6 +240,10 @@ def create_objective(
     if fields.get('class_weights') == 'balanced':
         labels = next(iter(data.sources.values())).labels
         fields['class_weights'] = [float(w) for w in data_lib.class_weights(labels, classes)]
+    if data.sample_rate is not None and fields.get('class_weights'):
+        raise UserError(
+            f'{where}.class_weights: are shares of a batch, and a private gradient sees one example at a time; remove them'
+        )
     name = fields.pop('name', None)
     constructor = _look_up(objectives.OBJECTIVES, name, where)
     main = call(model_from, config['model'], 'config.model', classes=classes, dtype=dtype, load=load_main)
