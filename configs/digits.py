@@ -81,6 +81,7 @@ def get_config(arg: str = 'mnist,usps,full,dann') -> ml_collections.ConfigDict:
     c.batch_size = 64
     c.log_every = 100
     c.keep = 1
+    c.report_before = method in ('adda', 'shot', 'shot_im')  # the source's network on both domains
     c.objective, c.stages = METHODS[method](c, steps)
     if method.startswith('shot') and source == 'usps':
         c.data.train_transform.source = SHOT_USPS

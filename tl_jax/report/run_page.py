@@ -189,16 +189,17 @@ def learning_curves(run: Run) -> str:
     """Loss, accuracy and learning rate over the step: training against every evaluation split."""
     names = runs.keys(run.records)
     metrics = _drawn_metrics(run)
-    drawn = [key.partition('/') for key in names]
-    splits = {split for split, _, name in drawn if name in dict(metrics)}
-    splits = sorted(splits, key=lambda s: (s != 'train', s))
+    # Players and tasks have lines of their own: `train/discriminator/loss`, `val/left/accuracy`.
+    drawn = [key.rpartition('/') for key in names]
+    splits = {split for split, _, name in drawn if split and name in dict(metrics)}
+    splits = sorted(splits, key=lambda s: (not s.startswith('train'), s))
     panels = []
     for metric, title in metrics:
         lines = []
         for position, split in enumerate(splits):
             steps, values = plots.thinned(*runs.curve(run.records, f'{split}/{metric}'))
             if len(steps):
-                lines.append(plots.Series(steps, values, _split_color(position), thin=split == 'train'))
+                lines.append(plots.Series(steps, values, _split_color(position), thin=split.startswith('train')))
         if lines:
             panels.append(plots.Panel(title, lines, percent=metric == 'accuracy', log=metric == 'loss'))
     rates = [name for name in names if name == 'lr' or name.startswith('lr/')]
