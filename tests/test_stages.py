@@ -9,7 +9,7 @@ from tl_jax import trees
 from tl_jax.config import resolve
 from tl_jax.errors import UserError
 from tl_jax.experiment import build
-from tl_jax.train import train_and_evaluate
+from tl_jax.train import Preempted, train_and_evaluate
 
 ADAM = {'name': 'adam', 'lr': 1e-2}
 
@@ -125,3 +125,51 @@ def test_privacy_is_not_claimed_where_it_is_not_accounted(digits_config):
     ):
         with pytest.raises(UserError, match=message):
             build(resolve(digits_config(**{'data': data, 'gradient': private, 'stages': [stage], **changes})))
+
+
+@pytest.mark.parametrize('method', ['shot', 'self_ensembling', 'adda'])
+@pytest.mark.parametrize('stopped_at', [4, 6, 9])
+def test_a_stop_within_or_between_stages_changes_nothing(adaptation, tmp_path, monkeypatch, method, stopped_at):
+    """Pseudo-labels, a teacher and a copied encoder come back bit for bit, and are not made anew on resuming."""
+    adapt = {
+        'shot': {'name': 'shot'},
+        'self_ensembling': {'name': 'self_ensembling', 'confidence': 0.0},
+        'adda': {'name': 'adda', 'discriminator': {'name': 'mlp', 'dense': [8], 'num_classes': 1}},
+    }[method]
+    rule = {'shot': 'backbone/.*', 'self_ensembling': '.*', 'adda': '(target|discriminator)/.*'}[method]
+    supervised = {'name': 'supervised', 'stream': 'source'}
+    stages = [
+        {'name': 'source', 'steps': 6, 'objective': supervised, 'train': [['.*', ADAM]]},
+        {'name': 'adapt', 'steps': 6, 'train': [[rule, ADAM]]},
+    ]
+    config = adaptation('target', objective=adapt, stages=stages, refresh_every=2, eval_every=0)
+    unbroken = train_and_evaluate(config, tmp_path / 'unbroken')
+    with monkeypatch.context() as patch:
+        patch.setattr('tl_jax.mesh.preempted', lambda asked, step: step == stopped_at)
+        with pytest.raises(Preempted):
+            train_and_evaluate(config, tmp_path / 'broken')
+    resumed = train_and_evaluate(config, tmp_path / 'broken')
+    for path, leaf in trees.flatten({'params': unbroken.params, **unbroken.collections}).items():
+        there = trees.flatten({'params': resumed.params, **resumed.collections})[path]
+        np.testing.assert_array_equal(leaf, there, err_msg=path)
+
+
+@pytest.mark.parametrize('method', ['dann', 'mcd', 'shot'])
+def test_eight_devices_give_the_losses_of_one(adaptation, tmp_path, method):
+    objective = {
+        'dann': {'name': 'dann', 'discriminator': {'name': 'mlp', 'dense': [8], 'num_classes': 1}},
+        'mcd': {'name': 'mcd', 'repeats': 2},
+        'shot': {'name': 'shot'},
+    }[method]
+    rule = 'backbone/.*' if method == 'shot' else '.*'
+    losses = {}
+    for devices in (1, 8):
+        stages = [{'steps': 4, 'train': [[rule, {'name': 'sgd', 'lr': 0.1}]]}]
+        config = adaptation('target', objective=objective, stages=stages, mesh={'data': devices}, log_every=1)
+        train_and_evaluate(config, tmp_path / str(devices))
+        lines = (tmp_path / str(devices) / 'metrics.jsonl').read_text().splitlines()
+        records = [{k: v for k, v in json.loads(line).items() if k.endswith('loss')} for line in lines]
+        losses[devices] = [list(record.values()) for record in records]
+    assert len(losses[1]) == 5
+    for one, eight in zip(losses[1], losses[8], strict=True):
+        np.testing.assert_allclose(eight, one, rtol=1e-4)
