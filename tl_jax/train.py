@@ -5,12 +5,11 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from tl_jax import data as data_lib
 from tl_jax import mesh as mesh_lib
@@ -18,35 +17,20 @@ from tl_jax import trees
 from tl_jax import workdir as workdir_lib
 from tl_jax.checkpoint import Checkpoints, Place
 from tl_jax.config import call, resolve
-from tl_jax.errors import UserError, nearest
-from tl_jax.evaluate import create_eval_step, evaluate
+from tl_jax.evaluate import create_eval_step
 from tl_jax.experiment import Experiment, build, bytes_of, inherited, parameter_count, started
-from tl_jax.metrics import figures_of
-from tl_jax.objectives import Objective, phases_of
+from tl_jax.guard import settle
+from tl_jax.objectives import Objective
 from tl_jax.optimizers import Partition
-from tl_jax.pretrained import save_variables
 from tl_jax.progress import Progress, say
-from tl_jax.selection import Selection, selection_from
-from tl_jax.state import Layout, TrainState, create_state, enter_stage, variables_of, with_variables
+from tl_jax.run import Run, evaluate_splits, final_figures, store_predictions
+from tl_jax.selection import selection_from
+from tl_jax.state import TrainState, create_state, enter_stage, variables_of, with_variables
 from tl_jax.step import create_train_step, layouts
 
 
 class Preempted(Exception):
     """The run was asked to stop and has saved; the same command resumes it."""
-
-
-class Run(NamedTuple):
-    """What the stages of a run share."""
-
-    workdir: Path
-    experiment: Experiment
-    mesh: jax.sharding.Mesh
-    layout_of: Callable[[int], Layout]
-    selection: Selection
-    checkpoints: Checkpoints
-    log: workdir_lib.MetricsLog
-    eval_step_of: Callable[[Objective], Callable]
-    seconds: Callable[[], float]
 
 
 def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainState:
@@ -225,124 +209,12 @@ def refreshed(run: Run, state: TrainState, objective: Objective) -> TrainState:
     return state._replace(collections={**state.collections, **mesh_lib.put(changed, where)})
 
 
-def settle(
-    pending: list[dict[str, Any]], step: int, objective: Objective, streams: Mapping[str, Any], partition: Partition
-) -> dict[str, float]:
-    """Fetches the metrics of the steps up to `step` and averages them.
-
-    Raises:
-      UserError: a loss or gradient was not finite; names the step, the examples and the first leaf. Nothing of it has
-        been saved: this comes before every save.
-    """
-    records = jax.device_get(pending)
-    for offset, record in enumerate(records):
-        bad = next((k for k, v in record.items() if k.endswith(('loss', 'grad_norm')) and not np.isfinite(v)), None)
-        if bad:
-            _refuse_nonfinite(bad, record, step - len(records) + offset, objective, streams, partition)
-    return figures_of([{k: v for k, v in r.items() if not k.endswith('bad_leaf')} for r in records])
-
-
-def _refuse_nonfinite(
-    bad: str,
-    record: Mapping[str, Any],
-    step: int,
-    objective: Objective,
-    streams: Mapping[str, Any],
-    partition: Partition,
-) -> None:
-    where = []
-    for name, stream in streams.items():
-        batch = stream.batch_at(step)
-        for field, values in batch.items():
-            finite = np.isfinite(values) if np.issubdtype(values.dtype, np.floating) else np.ones(values.shape, bool)
-            rows = np.flatnonzero(~finite.reshape(len(finite), -1).all(1))
-            if len(rows):
-                raise UserError(
-                    f"step {step}: stream '{name}', example {batch['index'][rows[0]]}: its {field} is not finite"
-                )
-        shown = ' '.join(map(str, batch['index'][:16])) + (' …' if len(batch['index']) > 16 else '')
-        where.append(f"stream '{name}' examples {shown}")
-    names = [phase.name for phase in phases_of(objective)]
-    phase = names.index(bad.split('/')[1]) if len(names) > 1 else 0
-    paths = jax.tree.leaves(trees.unflatten({path: path for path in partition.phases[phase]}))
-    leaf = paths[int(record[bad.rpartition('/')[0] + '/bad_leaf'])]
-    raise UserError(
-        f"step {step}: {bad} is {float(record[bad])}, first in the gradient of '{leaf}' ({'; '.join(where)}); lower the "
-        'learning rate or set config.clip_norm; the last good checkpoint is kept'
-    )
-
-
 def learning_rates(partition: Partition, step: int) -> dict[str, float]:
     """The learning rate of each rule at a step of the stage."""
     rates = {rule: float(schedule(step)) for rule, schedule in partition.schedules.items()}
     return (
         {'lr': next(iter(rates.values()))} if len(rates) == 1 else {f'lr/{rule}': rate for rule, rate in rates.items()}
     )
-
-
-def exported(objective: Objective, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapted network under its own names, without whatever else the method needed."""
-    if objective.export:
-        variables = objective.export(variables)
-    network = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
-    if objective.figures:
-        return network
-    return {c: {role: tree[role] for role in ('backbone', 'head') if role in tree} for c, tree in network.items()}
-
-
-def evaluate_splits(run: Run, state: TrainState, objective: Objective, splits: Mapping[str, Any]) -> dict[str, float]:
-    """Returns `{'<split>/<metric>': value}`."""
-    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
-    values = {}
-    for split, source in splits.items():
-        batches = run.experiment.data.batches(split, source)
-        found, _ = evaluate(run.eval_step_of(objective), variables, batches, run.mesh, figures=objective.figures)
-        values |= {f'{split}/{name}': value for name, value in found.items()}
-    if run.selection.field.partition('/')[0] in splits and run.selection.field not in values:
-        raise UserError(
-            f"config.select_by: evaluation gives no '{run.selection.field}'; {nearest(run.selection.field, values)}"
-        )
-    return values
-
-
-def store_predictions(run: Run, state: TrainState, objective: Objective, folder: str = '') -> dict[str, float]:
-    """Evaluates on every split and stores the predictions of classifications; returns `{'<split>/<metric>': value}`."""
-    data = run.experiment.data
-    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
-    metrics = {}
-    for split, source in {**data.eval, **data.test}.items():
-        batches, step = data.batches(split, source), run.eval_step_of(objective)
-        values, predictions = evaluate(step, variables, batches, run.mesh, figures=objective.figures, predictions=True)
-        metrics |= {f'{split}/{name}': value for name, value in values.items()}
-        if predictions is not None and jax.process_index() == 0:
-            path = run.workdir / 'predictions' / folder / f'{split}.npz'
-            workdir_lib.save_predictions(path, predictions, data.class_names, source)
-    return metrics
-
-
-def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str, float]) -> dict[str, Any]:
-    """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
-    config, stage = run.experiment.config, run.experiment.stages[place.stage]
-    metrics = {**store_predictions(run, state, stage.objective), **spent}
-    network = mesh_lib.to_host(exported(stage.objective, variables_of(state, averaged=config['ema'] > 0)))
-    if jax.process_index() == 0:
-        card = workdir_lib.model_card(run.experiment, stage.objective)
-        save_variables(run.workdir / 'model.safetensors', network, card)
-    stages = [run.layout_of(number) for number in range(len(run.experiment.stages))]
-    return {
-        'name': config['name'],
-        'seed': config['seed'],
-        'select_by': str(run.selection),
-        'selected_step': int(state.step),
-        'metrics': metrics,
-        'parameters': {
-            'total': parameter_count(state.params),
-            'trainable': [
-                parameter_count(trees.split(x.state.params, x.partition.trainable.__contains__)[0]) for x in stages
-            ],
-            'bytes_optimizer': [bytes_of(x.state.opt_state) for x in stages],
-        },
-    }
 
 
 @contextlib.contextmanager

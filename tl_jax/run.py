@@ -1,0 +1,98 @@
+"""A run: what its stages share, and the figures, predictions and network that it leaves."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tl_jax import mesh as mesh_lib
+from tl_jax import trees
+from tl_jax import workdir as workdir_lib
+from tl_jax.checkpoint import Checkpoints, Place
+from tl_jax.errors import UserError, nearest
+from tl_jax.evaluate import evaluate
+from tl_jax.experiment import Experiment, bytes_of, parameter_count
+from tl_jax.objectives import Objective
+from tl_jax.pretrained import save_variables
+from tl_jax.selection import Selection
+from tl_jax.state import Layout, TrainState, variables_of
+
+
+class Run(NamedTuple):
+    """What the stages of a run share."""
+
+    workdir: Path
+    experiment: Experiment
+    mesh: jax.sharding.Mesh
+    layout_of: Callable[[int], Layout]
+    selection: Selection
+    checkpoints: Checkpoints
+    log: workdir_lib.MetricsLog
+    eval_step_of: Callable[[Objective], Callable]
+    seconds: Callable[[], float]
+
+
+def exported(objective: Objective, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapted network under its own names, without whatever else the method needed."""
+    if objective.export:
+        variables = objective.export(variables)
+    network = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+    if objective.figures:
+        return network
+    return {c: {role: tree[role] for role in ('backbone', 'head') if role in tree} for c, tree in network.items()}
+
+
+def evaluate_splits(run: Run, state: TrainState, objective: Objective, splits: Mapping[str, Any]) -> dict[str, float]:
+    """Returns `{'<split>/<metric>': value}`."""
+    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
+    values = {}
+    for split, source in splits.items():
+        batches = run.experiment.data.batches(split, source)
+        found, _ = evaluate(run.eval_step_of(objective), variables, batches, run.mesh, figures=objective.figures)
+        values |= {f'{split}/{name}': value for name, value in found.items()}
+    if run.selection.field.partition('/')[0] in splits and run.selection.field not in values:
+        raise UserError(
+            f"config.select_by: evaluation gives no '{run.selection.field}'; {nearest(run.selection.field, values)}"
+        )
+    return values
+
+
+def store_predictions(run: Run, state: TrainState, objective: Objective, folder: str = '') -> dict[str, float]:
+    """Evaluates on every split and stores the predictions of classifications; returns `{'<split>/<metric>': value}`."""
+    data = run.experiment.data
+    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
+    metrics = {}
+    for split, source in {**data.eval, **data.test}.items():
+        batches, step = data.batches(split, source), run.eval_step_of(objective)
+        values, predictions = evaluate(step, variables, batches, run.mesh, figures=objective.figures, predictions=True)
+        metrics |= {f'{split}/{name}': value for name, value in values.items()}
+        if predictions is not None and jax.process_index() == 0:
+            path = run.workdir / 'predictions' / folder / f'{split}.npz'
+            workdir_lib.save_predictions(path, predictions, data.class_names, source)
+    return metrics
+
+
+def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str, float]) -> dict[str, Any]:
+    """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
+    config, stage = run.experiment.config, run.experiment.stages[place.stage]
+    metrics = {**store_predictions(run, state, stage.objective), **spent}
+    network = mesh_lib.to_host(exported(stage.objective, variables_of(state, averaged=config['ema'] > 0)))
+    if jax.process_index() == 0:
+        card = workdir_lib.model_card(run.experiment, stage.objective)
+        save_variables(run.workdir / 'model.safetensors', network, card)
+    stages = [run.layout_of(number) for number in range(len(run.experiment.stages))]
+    return {
+        'name': config['name'],
+        'seed': config['seed'],
+        'select_by': str(run.selection),
+        'selected_step': int(state.step),
+        'metrics': metrics,
+        'parameters': {
+            'total': parameter_count(state.params),
+            'trainable': [
+                parameter_count(trees.split(x.state.params, x.partition.trainable.__contains__)[0]) for x in stages
+            ],
+            'bytes_optimizer': [bytes_of(x.state.opt_state) for x in stages],
+        },
+    }
