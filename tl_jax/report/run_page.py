@@ -29,6 +29,7 @@ from tl_jax.report.runs import Predictions, Run
 PLAIN = ('accuracy', 'loss', 'macro_f1', 'balanced_accuracy')
 NEIGHBOURS = 500
 MISTAKES = 24
+DIVERGED = 3
 
 
 def write_run_report(workdir: str | Path) -> Path:
@@ -163,14 +164,20 @@ def inner_curves(run: Run) -> str:
             steps = sorted(keys)
             values = np.array([runs.number(run.summary, 'metrics', keys[k]) for k in steps])
             half = np.array([runs.number(run.summary, 'metrics', keys[k] + '_ci95') or 0.0 for k in steps])
+            # More steps than were trained for may diverge; drawn, they would flatten all that came before.
+            shown = np.cumsum(values > DIVERGED * values[0]) == 0 if name != 'accuracy' else values >= 0
+            values, half = values[shown], half[shown]
             color = plots.color_of(splits.index(split))
-            lines.append(plots.Series(np.array(steps), values, color, values - half, values + half))
+            lines.append(plots.Series(np.array(steps)[shown], values, color, values - half, values + half))
         panels.append(plots.Panel(name, lines, percent=name == 'accuracy', xlabel='inner step'))
     if not panels:
         return ''
     rows = [plots.learning_curves(panels[i : i + 3], [], 'Figures over inner steps') for i in range(0, len(panels), 3)]
     keys = legend((plots.color_of(i), '▬', split) for i, split in enumerate(splits))
-    said = caption('Mean over tasks after so many steps on the support set; band: its 95 % interval.')
+    said = caption(
+        'Mean over tasks after so many steps on the support set; band: its 95 % interval. A curve ends where it has '
+        f'diverged, {DIVERGED} times above its start.'
+    )
     return f'<div class="wide">{"".join(rows)}</div>{keys}{said}'
 
 
@@ -322,7 +329,9 @@ def _drawn_metrics(run: Run) -> list[tuple[str, str]]:
     names = [key.partition('/')[2] for key in _metrics(run) if key in set(runs.keys(run.records))]
     other = [name for name in names if not name.startswith(('loss', 'epsilon', 'delta')) and '_' not in name]
     recorded = any(key.endswith('/accuracy') for key in runs.keys(run.records))
-    return [('loss', 'Loss (nats)'), ('accuracy', 'Accuracy') if recorded or not other else (other[0], other[0])]
+    if recorded or not other:
+        return [('loss', 'Loss (nats)'), ('accuracy', 'Accuracy')]
+    return [('loss', 'Loss'), (other[0], other[0])]
 
 
 def _disagreement(run: Run, split: str | None, predictions: Predictions | None) -> list[str]:
