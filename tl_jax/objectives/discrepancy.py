@@ -34,6 +34,8 @@ def mcd(model: Model, *, repeats: int = 4, weight: float = 1.0) -> Objective:
     maximise: min_{F1, F2}    the same - weight · discrepancy(F1(G(x_t)), F2(G(x_t)))
     minimise: min_G           weight · discrepancy(F1(G(x_t)), F2(G(x_t))),   `repeats` times
 
+    Predictions average both classifiers' logits; the network that a run stores has the first classifier alone.
+
     Roles: `backbone` G, `head` F1 and `head2` F2, which starts from another key. Both start alike, and then never disagree,
     where a loaded head fills both; so give pretrained weights with model.fresh=['head/.*']. As in the authors' code, each
     domain passes through G by itself, G's running statistics move in every phase, weight is 1, and the prediction is the
