@@ -203,15 +203,15 @@ def model_from(
 
 
 def _check_width(model: Mapping[str, Any], batch: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Refuses labels that a head of the config's own width has no logit for; a one-hot of them would be zero."""
+    """Refuses episodes of more ways than the head has logits; a one-hot of those labels would be zero."""
     width = model.get('num_classes')
     for stream, fields in batch.items():
-        for field, values in fields.items():
-            if width and field.rpartition('_')[2] == 'label' and values.max(initial=0) >= width:
-                raise UserError(
-                    f"config.model.num_classes: {width}, and {field} of stream '{stream}' reaches {values.max()}; set it to "
-                    'the number of classes, or of ways'
-                )
+        reached = fields['support_label'].max(initial=0) if 'support_label' in fields else -1
+        if width and reached >= width:
+            raise UserError(
+                f"config.model.num_classes: {width}, and support_label of stream '{stream}' reaches {reached}; set it to the "
+                'number of ways'
+            )
 
 
 def create_objective(
