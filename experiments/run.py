@@ -33,6 +33,7 @@ from experiments.table import (
 from tl_jax import workdir as workdir_lib
 from tl_jax.errors import UserError, nearest
 from tl_jax.report.table_page import format_paper_table, write_paper_table
+from tl_jax.selection import direction
 
 FLAGS = {
     'workdir': 'directory of the runs; runs/<table> unless given',
@@ -170,9 +171,7 @@ def score(bench: Bench, cell: Cell, run: Path) -> float:
     field = rule or workdir_lib.read_json(run / 'summary.json').get('select_by')
     field = cell.metric if field == 'oracle' else field
     field = f'{field}/accuracy' if field and '/' not in field else field
-    metric = field.rpartition('/')[2]
-    value = collect.measured(run, field)[field]
-    return -value if metric.startswith(('loss', 'mse', 'error')) else value
+    return direction(field) * collect.measured(run, field)[field]
 
 
 def inventory(bench: Bench, seeds: tuple[int, ...]) -> str:

@@ -20,7 +20,6 @@ import copy
 import fnmatch
 import functools
 import hashlib
-import importlib.util
 import json
 import operator
 import re
@@ -130,13 +129,7 @@ def load_table(name: str) -> Table:
     if not path.is_file() or not declares_cells(path):
         known = [p.stem for p in HERE.glob('*.py') if declares_cells(p)]
         raise UserError(f"there is no table '{name}' in {HERE.name}/; {nearest(name, known)}")
-    loader = importlib.util.spec_from_file_location(f'table_{path.stem}', path)
-    module = importlib.util.module_from_spec(loader)
-    try:
-        loader.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f'{path}, line {error.lineno}, is not valid Python: {error.msg}') from None
-    declared = {key: value for key, value in vars(module).items() if key.isupper()}
+    declared = {key: value for key, value in vars(config_lib.run_file(path)).items() if key.isupper()}
     return checked(path.stem, declared)
 
 

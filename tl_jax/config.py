@@ -79,13 +79,21 @@ def load_module(spec: str) -> tuple[types.ModuleType, str]:
     if not file.is_file():
         siblings = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
         raise UserError(f"--config: there is no file '{path}'; {nearest(path, siblings)}")
-    loader = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+    try:
+        return run_file(file), arg
+    except UserError as error:
+        raise UserError(f'--config: {error}') from None
+
+
+def run_file(file: Path) -> types.ModuleType:
+    """Returns the module that a Python file makes, without importing it by name."""
+    loader = importlib.util.spec_from_file_location(f'file_{file.stem}', file)
     module = importlib.util.module_from_spec(loader)
     try:
         loader.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f'--config: {path}, line {error.lineno}, is not valid Python: {error.msg}') from None
-    return module, arg
+        raise UserError(f'{file}, line {error.lineno}, is not valid Python: {error.msg}') from None
+    return module
 
 
 def override(config: ml_collections.ConfigDict, assignment: str) -> None:

@@ -33,6 +33,11 @@ class Data(NamedTuple):
     class_names: tuple[str, ...]
     sample_rate: float | None
 
+    @property
+    def splits(self) -> dict[str, Any]:
+        """All that is evaluated at the end: `eval`, then `test`."""
+        return {**self.eval, **self.test}
+
 
 def data_from(config: Mapping[str, Any]) -> Data:
     """Opens the data of a resolved config."""

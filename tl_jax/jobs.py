@@ -50,7 +50,7 @@ def run_eval(flags: Flags, assignments: Sequence[str]) -> None:
     mesh = config_lib.call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
     step = evaluate_lib.create_eval_step(model.predict)
     placed = mesh_lib.put_everywhere(model.variables, mesh)
-    for split, source in {**data.eval, **data.test}.items():
+    for split, source in data.splits.items():
         figures, _ = evaluate_lib.evaluate(step, placed, data.batches(split, source), mesh)
         say(f'{split} ({source.length} examples): ' + '  '.join(f'{k} {v:.4f}' for k, v in figures.items()))
 

@@ -43,14 +43,25 @@ def exported(objective: Objective, variables: Mapping[str, Any]) -> dict[str, An
     return {c: {role: tree[role] for role in ('backbone', 'head') if role in tree} for c, tree in network.items()}
 
 
-def evaluate_splits(run: Run, state: TrainState, objective: Objective, splits: Mapping[str, Any]) -> dict[str, float]:
-    """Returns `{'<split>/<metric>': value}`."""
+def evaluate_splits(
+    run: Run, state: TrainState, objective: Objective, splits: Mapping[str, Any], *, store: str | None = None
+) -> dict[str, float]:
+    """Returns `{'<split>/<metric>': value}`; `store` names a folder of `predictions/` that receives a classification's."""
+    data, values = run.experiment.data, {}
     variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
-    values = {}
     for split, source in splits.items():
-        batches = run.experiment.data.batches(split, source)
-        found, _ = evaluate(run.eval_step_of(objective), variables, batches, run.mesh, figures=objective.figures)
+        found, predictions = evaluate(
+            run.eval_step_of(objective),
+            variables,
+            data.batches(split, source),
+            run.mesh,
+            figures=objective.figures,
+            predictions=store is not None,
+        )
         values |= {f'{split}/{name}': value for name, value in found.items()}
+        if predictions is not None and jax.process_index() == 0:
+            path = run.workdir / 'predictions' / store / f'{split}.npz'
+            workdir_lib.save_predictions(path, predictions, data.class_names, source)
     if run.selection.field.partition('/')[0] in splits and run.selection.field not in values:
         raise UserError(
             f"config.select_by: evaluation gives no '{run.selection.field}'; {nearest(run.selection.field, values)}"
@@ -58,25 +69,10 @@ def evaluate_splits(run: Run, state: TrainState, objective: Objective, splits: M
     return values
 
 
-def store_predictions(run: Run, state: TrainState, objective: Objective, folder: str = '') -> dict[str, float]:
-    """Evaluates on every split and stores the predictions of classifications; returns `{'<split>/<metric>': value}`."""
-    data = run.experiment.data
-    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
-    metrics = {}
-    for split, source in {**data.eval, **data.test}.items():
-        batches, step = data.batches(split, source), run.eval_step_of(objective)
-        values, predictions = evaluate(step, variables, batches, run.mesh, figures=objective.figures, predictions=True)
-        metrics |= {f'{split}/{name}': value for name, value in values.items()}
-        if predictions is not None and jax.process_index() == 0:
-            path = run.workdir / 'predictions' / folder / f'{split}.npz'
-            workdir_lib.save_predictions(path, predictions, data.class_names, source)
-    return metrics
-
-
 def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str, float]) -> dict[str, Any]:
     """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
     config, stage = run.experiment.config, run.experiment.stages[place.stage]
-    metrics = {**store_predictions(run, state, stage.objective), **spent}
+    metrics = {**evaluate_splits(run, state, stage.objective, run.experiment.data.splits, store=''), **spent}
     network = mesh_lib.to_host(exported(stage.objective, variables_of(state, averaged=config['ema'] > 0)))
     if jax.process_index() == 0:
         card = workdir_lib.model_card(run.experiment, stage.objective)

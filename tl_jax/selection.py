@@ -41,6 +41,11 @@ class Selection(NamedTuple):
         return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
 
 
+def direction(metric: str) -> float:
+    """-1 for a metric of which less is better, 1 for the others; a task's own stands after its name, `left/loss`."""
+    return -1.0 if metric.rpartition('/')[2].startswith(('loss', 'mse', 'error')) else 1.0
+
+
 def selection_from(
     select_by: str, eval_splits: Sequence[str], test_splits: Sequence[str], *, metrics: Sequence[str] | None = METRICS
 ) -> Selection:
@@ -58,7 +63,7 @@ def selection_from(
     metric = metric or 'accuracy'
     if metrics is not None and metric not in metrics:
         raise UserError(f"config.select_by: unknown metric '{metric}'; {nearest(metric, metrics)}")
-    sign = -1.0 if metric.rpartition('/')[2].startswith(('loss', 'mse')) else 1.0
+    sign = direction(metric)
     if split == 'oracle' and test_splits:
         return Selection(f'{test_splits[0]}/{metric}', sign, True)
     if split not in eval_splits:

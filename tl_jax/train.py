@@ -23,7 +23,7 @@ from tl_jax.guard import settle
 from tl_jax.objectives import Objective
 from tl_jax.optimizers import Partition
 from tl_jax.progress import Progress, say
-from tl_jax.run import Run, evaluate_splits, final_figures, store_predictions
+from tl_jax.run import Run, evaluate_splits, final_figures
 from tl_jax.selection import selection_from
 from tl_jax.state import TrainState, create_state, enter_stage, variables_of, with_variables
 from tl_jax.step import create_train_step, layouts
@@ -181,7 +181,7 @@ def begin_stage(run: Run, state: TrainState, number: int) -> TrainState:
 
     state = jax.jit(enter, out_shardings=layout.shardings)(state)
     if config['report_before'] and number == len(experiment.stages) - 1:
-        store_predictions(run, state, stage.objective, 'before')
+        evaluate_splits(run, state, stage.objective, experiment.data.splits, store='before')
     run.checkpoints.save_frozen(state, number, layout.partition.trainable)
     trained, frozen = trees.split(state.params, layout.partition.trainable.__contains__)
     say(

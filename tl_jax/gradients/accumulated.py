@@ -1,14 +1,12 @@
 """Gradients of large batches in little memory."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tl_jax import trees
-from tl_jax.errors import UserError
-from tl_jax.gradients.base import Gradient, plain
+from tl_jax.gradients.base import Gradient, plain, strided_parts
 
 
 def accumulated(*, parts: int) -> Gradient:
@@ -29,7 +27,7 @@ def accumulated(*, parts: int) -> Gradient:
                 sums = jax.tree.map(jnp.add, sums, (grads, value, aux.metrics))
                 return (sums, trees.merge(moving, aux.collections)), None
 
-            split = jax.tree.map(lambda x: _parts(x, parts), batch)
+            split = jax.tree.map(lambda x: strided_parts(x, parts), batch)
             shapes = jax.eval_shape(compute, params, collections, jax.tree.map(lambda x: x[0], split), key)
             grads, value, aux = shapes
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, value, aux.metrics))
@@ -40,10 +38,3 @@ def accumulated(*, parts: int) -> Gradient:
         return gradient
 
     return Gradient(transform)
-
-
-def _parts(x: Any, parts: int) -> Any:
-    if x.shape[0] % parts:
-        raise UserError(f'config.gradient.parts: {parts} parts do not divide a batch of {x.shape[0]}')
-    # Strided, so that each part takes its share of every device's examples.
-    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

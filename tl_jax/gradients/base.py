@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from tl_jax.errors import UserError
 
 
 class Gradient(NamedTuple):
@@ -31,3 +34,10 @@ def plain() -> Gradient:
         return gradient
 
     return Gradient(transform)
+
+
+def strided_parts(x: jax.Array, parts: int) -> jax.Array:
+    """A batch [B, …] as [parts, B / parts, …]; strided, so that each part takes its share of every device's examples."""
+    if parts < 1 or x.shape[0] % parts:
+        raise UserError(f'config.gradient.parts: {parts} parts do not divide a batch of {x.shape[0]}')
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from tl_jax import trees
 from tl_jax.errors import UserError
-from tl_jax.gradients.base import Gradient
+from tl_jax.gradients.base import Gradient, strided_parts
 
 Accountant = Literal['rdp', 'rdp_basic', 'pld']
 # Opacus's orders of the Rényi divergence.
@@ -123,8 +123,7 @@ def clipped_sum(
         return sums, {name: mask @ values.astype(jnp.float32) for name, values in figures.items()}, aux
 
     count = len(fields['mask'])
-    # Strided, so that each part takes its share of every device's examples.
-    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(count // parts, parts, *x.shape[1:]), 0, 1), fields)
+    split = jax.tree.map(lambda x: strided_parts(x, parts), fields)
     keys = jax.random.split(key, (parts, count // parts))
     shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], (split, keys)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])

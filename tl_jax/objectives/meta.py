@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from tl_jax import trees
 from tl_jax.gradients.reptile import INNER_OPTIMIZERS
+from tl_jax.metrics import half_interval
 from tl_jax.objectives.base import Aux, Model, Objective, accuracy, cross_entropy, forward, inputs_of
 
 Loss = Callable[[trees.Tree], Float[Array, '']]
@@ -187,7 +188,7 @@ def adaptation_figures(predictions: dict[str, np.ndarray]) -> dict[str, float]:
     figures = {}
     for metric in predictions.keys() & {'accuracy', 'loss', 'mse'}:
         curve = predictions[metric].astype(np.float64)
-        means, intervals = curve.mean(0), 1.96 * curve.std(0) / np.sqrt(len(curve))
+        means, intervals = curve.mean(0), half_interval(curve)
         names = [*(f'{metric}_step{step}' for step in range(len(means))), metric]
         for name, step in zip(names, [*range(len(means)), -1], strict=True):
             figures |= {name: means[step], f'{name}_ci95': intervals[step]}

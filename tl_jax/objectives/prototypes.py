@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from tl_jax.metrics import half_interval
 from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, unit
 
 
@@ -92,5 +93,5 @@ def _unpool(features: Float[Array, 'images dim'], fields: dict[str, Any]) -> tup
 
 def _figures(predictions: dict[str, np.ndarray]) -> dict[str, float]:
     accuracy = predictions['accuracy'].astype(np.float64)
-    interval = 1.96 * accuracy.std() / np.sqrt(len(accuracy))
+    interval = half_interval(accuracy)
     return {'accuracy': accuracy.mean(), 'accuracy_ci95': interval, 'loss': predictions['loss'].mean()}
