@@ -1,12 +1,16 @@
 """Hostile and damaged torch files: no code runs, no absurd size takes memory, and the error is one line."""
 
 import contextlib
+import copy
 import copyreg
+import gzip
 import io
 import os
 import pickle
 import random
+import runpy
 import subprocess
+import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -32,7 +36,9 @@ from tl_jax.pretrained import read, torch_pickle
 
 FILES = Path(__file__).parent / 'files'
 CONTAINERS = ('zip', 'legacy')
-copyreg.add_extension('posix', 'mkdir', 240)  # For EXT1.
+copyreg.add_extension('posix', 'mkdir', 0xF0)  # For EXT1.
+copyreg.add_extension('os', 'mkdir', 0x1F0)  # For EXT2.
+copyreg.add_extension('os', 'makedirs', 0x100F0)  # For EXT4.
 
 
 class Calls:
@@ -50,6 +56,10 @@ def exploits(canary: Path) -> dict[str, tuple[str, bytes]]:
     shell, code = f'touch {canary}', f"open({str(canary)!r}, 'w').close()"
     imported = call(function('builtins', '__import__'), text('os'))
     looked_up = call(function('builtins', 'getattr'), imported, text('system'))
+    system, argument = function('os', 'system'), text(shell)
+    mapped = function('builtins', 'map') + row(system, b'](' + argument + b'e') + b'\x81'
+    by_memo = text('os') + b'q\x00' + text('system') + b'q\x01' + b'h\x00h\x01\x93'
+    setter = function('types', 'SimpleNamespace') + b')\x81' + table(__setstate__=system) + b'b'
     return {
         'os.system': ('posix.system', pickle.dumps({'w': Calls(os.system, shell)}, 2)),
         'os.system as a key': ('posix.system', pickle.dumps({Calls(os.system, shell): 1}, 2)),
@@ -62,6 +72,42 @@ def exploits(canary: Path) -> dict[str, tuple[str, bytes]]:
         '__import__ and getattr': ('builtins.getattr', pickled(looked_up + row(text(shell)) + b'R')),
         'INST': ('os.system', b'(' + text(shell) + b'ios\nsystem\n.'),
         'OBJ': ('os.system', b'(cos\nsystem\n' + text(shell) + b'o.'),
+        'NEWOBJ': ('builtins.bytes', pickled(function('builtins', 'bytes') + row(mapped) + b'\x81')),
+        'NEWOBJ_EX': ('builtins.bytes', pickled(function('builtins', 'bytes') + row(mapped) + b'}\x92')),
+        'BUILD of a state setter': ('types.SimpleNamespace', pickled(setter + argument + b'b')),
+        'names from the memo': ('os.system', pickled(by_memo + row(argument) + b'R')),
+        'a function from the memo': ('os.system', pickled(system + b'q\x000' + b'h\x00' + row(argument) + b'R')),
+        'a doubled function': ('os.system', pickled(system + b'20' + row(argument) + b'R')),
+        'a memo of protocol 0': ('os.system', b'cos\nsystem\np0\n0g0\n(S' + repr(shell).encode() + b'\ntR.'),
+        'functools.partial': (
+            'functools.partial',
+            pickled(call(function('functools', 'partial'), system, argument) + b')R'),
+        ),
+        'operator.methodcaller': (
+            'operator.methodcaller',
+            pickled(call(function('operator', 'methodcaller'), text('system'), argument) + row(imported) + b'R'),
+        ),
+        'runpy': ('runpy._run_code', pickle.dumps(Calls(runpy._run_code, code, {}), 2)),
+        'a nested pickle': ('_pickle.loads', pickle.dumps(Calls(pickle.loads, pickle.dumps(Calls(exec, code))), 4)),
+        'an argument of OrderedDict': (
+            'os.system',
+            pickled(call(function('collections', 'OrderedDict'), b'](' + call(system, argument) + b'e')),
+        ),
+        'a persistent id': ('os.system', pickled(row(text('storage'), call(system, argument)) + b'Q')),
+        'modules through an allowed one': (
+            'collections._sys.modules.get',
+            b'\x80\x04'
+            + text('collections')
+            + text('_sys.modules.get')
+            + b'\x93'
+            + row(text('os'))
+            + b'Rq\x00'
+            + call(function('operator', 'methodcaller'), text('system'), argument)
+            + row(b'h\x00')
+            + b'R.',
+        ),
+        'EXT2': ('EXT2', b'\x80\x02\x83\xf0\x01' + row(text(str(canary))) + b'R.'),
+        'EXT4': ('EXT4', b'\x80\x02\x84\xf0\x00\x01\x00' + row(text(str(canary))) + b'R.'),
         'EXT1': ('EXT1', b'\x80\x02\x82\xf0' + row(text(str(canary))) + b'R.'),
         'after the tensors': (
             'posix.system',
@@ -128,11 +174,55 @@ def test_exploits_in_any_pickle_of_a_legacy_file(name, tmp_path):
     assert not canary.exists()
 
 
+CALLABLES = """
+os.system posix.system nt.system os.popen os.execv subprocess.Popen subprocess.call subprocess.getoutput pty.spawn
+builtins.eval builtins.exec builtins.compile builtins.open builtins.getattr builtins.__import__ builtins.breakpoint
+__builtin__.eval __builtin__.apply io.open _io.FileIO runpy.run_module runpy.run_path importlib.import_module
+importlib.machinery.SourceFileLoader pkgutil.resolve_name code.InteractiveInterpreter.runcode timeit.timeit cProfile.run
+profile.run pdb.run bdb.Bdb.run trace.Trace.run doctest.debug_script idlelib.run.Executive.runcode pydoc.pipepager
+ensurepip._run_pip pip.main pip._internal.main venv.create uuid._get_command_stdout distutils.file_util.write_file
+lib2to3.pgen2.pgen.ParserGenerator.make_label asyncio.unix_events._UnixSubprocessTransport._start
+asyncio.create_subprocess_shell ctypes.CDLL webbrowser.open socket.create_connection urllib.request.urlretrieve
+http.client.HTTPSConnection ssl.get_server_certificate smtplib.SMTP requests.api.get operator.attrgetter
+operator.methodcaller functools.partial functools.reduce types.FunctionType types.CodeType marshal.loads pickle.loads
+_pickle.loads pickle.Unpickler cloudpickle.loads dill.loads joblib.load shelve.open shutil.rmtree tempfile.mktemp
+logging.config.dictConfig multiprocessing.util.spawnv_passfds signal.signal sys.settrace site.addsitedir copyreg._reconstructor
+copyreg.__newobj__ codecs.encode numpy.load numpy.fromfile numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar
+numpy.testing._private.utils.runstring numpy.f2py.crackfortran.getlincoef numpy.dtype torch.load torch.hub.load
+torch.serialization.load torch.storage._load_from_bytes torch.jit.load torch.jit.unsupported_tensor_ops.execWrapper
+torch.utils._config_module.load_config torch.utils.collect_env.run torch.utils.bottleneck.__main__.run_cprofile
+torch.utils.data.datapipes.utils.decoder.basichandlers torch._dynamo.guards.GuardBuilder.get torch.package.PackageImporter
+torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression torch._utils._rebuild_wrapper_subclass
+torch._tensor._rebuild_from_type_v2 torch.nn.modules.linear.Linear torch.FloatTensor torch.Tensor torch.os.system
+jax.lib.xla_client.register_custom_call_target keras.layers.Lambda argparse.Namespace __main__.Net collections.namedtuple
+collections._sys.modules collections.OrderedDict.fromkeys collections.OrderedDict.__init__ Torch.Size torch..Size
+torch.Size.__new__ .torch.Size torch.Size. torch._utils .torch
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize('container', CONTAINERS)
+@pytest.mark.parametrize('name', CALLABLES)
+def test_refuses_every_other_callable_by_name(name, container, tmp_path):
+    """What exploits have used (fickling, picklescan, modelscan list them), and near misses of what is allowed."""
+    module, _, attribute = name.rpartition('.')
+    by_stack = text(module) + text(attribute) + b'\x93'
+    ways = [
+        function(module, attribute) + b')R',
+        by_stack + b')\x81',
+        b'(i' + f'{module}\n{attribute}\n'.encode(),
+        table(w=tensor(), z=by_stack),
+    ]
+    for way in ways:
+        message = refused(write(tmp_path / 'model.pth', pickled(way), container))
+        assert f'the pickle asks for {name!r}, which is not part of a tensor; nothing of it was run' in message
+
+
 HUGE = 2**62
 REFUSED = {
     'a huge shape': table(w=tensor(shape=(HUGE,))),
     'a shape whose product overflows': table(w=tensor(shape=(2**33, 2**33), strides=(1, 1))),
     'a shape beyond 64 bits': table(w=tensor(shape=(2**70,))),
+    'a huge shape of nothing': table(w=tensor(shape=(0, HUGE), strides=(1, 1))),
     'a negative shape': table(w=tensor(shape=(-4,))),
     'a negative stride': table(w=tensor(shape=(2,), strides=(-1,))),
     'a negative offset': table(w=tensor(offset=-1, shape=(1,))),
@@ -195,6 +285,11 @@ def test_reads_what_the_assembler_writes(container, tmp_path):
     assert contents.tensors['w'].array().tolist() == [0, 0, 0, 0]
 
 
+def test_the_stride_of_one_element_may_be_anything(tmp_path):
+    value = table(w=tensor(shape=(1, 4), strides=(HUGE, 1)))
+    assert read(write(tmp_path / 'model.pth', pickled(value), 'zip')).tensors['w'].array().shape == (1, 4)
+
+
 def test_nesting_and_sharing_cost_nothing(tmp_path):
     deep = b'N' + b'\x85' * 200_000
     shared = (b']q' + bytes([i]) + b'(' + (b'h' + bytes([i - 1])) * 9 + b'e' for i in range(1, 40))
@@ -221,6 +316,81 @@ def test_refuses_zip_bombs(tmp_path):
     assert 'compressed' in refused(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def test_refuses_entries_that_share_their_bytes(tmp_path):
+    """A directory may list one entry many times under as many names; Fifield's bombs are made so."""
+    names = [str(i) for i in range(50)]
+    value = table(**{f'w{name}': tensor(storage(key=name, size=1 << 18), shape=(1 << 18,)) for name in names})
+    path = tmp_path / 'model.pth'
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('archive/data.pkl', pickled(value))
+        archive.writestr('archive/data/0', bytes(1 << 20))
+        for name in names[1:]:
+            entry = copy.copy(archive.infolist()[1])
+            entry.filename = f'archive/data/{name}'
+            archive.filelist.append(entry)
+    assert path.stat().st_size < 1.1 * (1 << 20)
+    assert 'overlaps another one' in refused(path)
+
+
+def archives(payload: bytes) -> dict[str, bytes]:
+    """Files that hide a pickle in archives within archives, or that are two formats at once."""
+    plain, zipped, tarred = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    write_zip(plain, payload, {'0': bytes(16)})
+    with tarfile.open(fileobj=tarred, mode='w') as archive:
+        for name in ('pickle', 'storages', 'sys_info', 'tensors'):  # As torch before 0.1.10.
+            entry = tarfile.TarInfo(name)
+            entry.size = len(payload)
+            archive.addfile(entry, io.BytesIO(payload))
+    write_zip(zipped, plain.getvalue(), {'0': bytes(16)})
+    held = io.BytesIO()
+    write_zip(held, tarred.getvalue(), {'0': bytes(16)})
+    return {
+        'a zip as the pickle of a zip': zipped.getvalue(),
+        'a tar as the pickle of a zip': held.getvalue(),
+        'a tar': tarred.getvalue(),
+        'gzip': gzip.compress(plain.getvalue()),
+        'a pickle before a zip': payload + plain.getvalue(),
+        'a zip before a pickle': plain.getvalue() + payload,
+        'a tar before a zip': tarred.getvalue() + plain.getvalue(),
+    }
+
+
+@pytest.mark.filterwarnings('ignore:invalid escape')  # By pickletools, on the bytes of a zip.
+@pytest.mark.parametrize('container', archives(b''))
+@pytest.mark.parametrize('name', ['os.system', 'STACK_GLOBAL', 'exec', 'INST', 'NEWOBJ'])
+def test_exploits_in_nested_archives_do_not_run(name, container, tmp_path):
+    canary, path = tmp_path / 'canary', tmp_path / 'model.pth'
+    path.write_bytes(archives(exploits(canary)[name][1])[container])
+    refused(path)
+    assert not canary.exists()
+
+
+def test_a_storage_that_is_a_pickle_stays_numbers(tmp_path):
+    canary = tmp_path / 'canary'
+    payload = exploits(canary)['exec'][1]
+    payload += bytes(-len(payload) % 4)
+    value = pickled(table(w=tensor(storage(size=len(payload) // 4), shape=(len(payload) // 4,))))
+    array = read(write_zip(tmp_path / 'model.pth', value, {'0': payload})).tensors['w'].array()
+    assert array.tobytes() == payload and not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ('content', 'kind'),
+    [
+        (gzip.compress(b'x'), 'gzip'),
+        (archives(b'x')['a tar'], 'a tar archive'),
+        (b'<!DOCTYPE html>', 'a web page'),
+        (bytes([2]) + bytes(7) + b'{}', 'safetensors'),
+        (pickle.dumps({}, 4), 'a pickle of another protocol'),
+        (b'\x00' * 20, 'first bytes are 0000000000000000'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', "run 'git lfs pull'"),
+    ],
+)
+def test_says_what_other_files_look_like(content, kind, tmp_path):
+    (tmp_path / 'model.pth').write_bytes(content)
+    assert kind in refused(tmp_path / 'model.pth')
 
 
 @pytest.mark.parametrize('container', CONTAINERS)

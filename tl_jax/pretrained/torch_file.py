@@ -15,17 +15,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tl_jax.errors import UserError
-from tl_jax.pretrained import torch_pickle
+from tl_jax.pretrained import mapped, torch_pickle
 from tl_jax.pretrained.tensors import Contents, Tensor, listed
-from tl_jax.pretrained.torch_pickle import View
+from tl_jax.pretrained.torch_pickle import Storage, View
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 # Where training scripts put the state dict of the network, most explicit first.
 NESTS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network', 'weights', 'params')
+
+# What else comes with a suffix of torch: where it has which bytes, and what it is.
+OTHERS = (
+    (257, b'ustar', 'a tar archive, or a checkpoint before torch 0.1.10; unpack it, or save it again'),
+    (0, b'\x1f\x8b', 'gzip; decompress it'),
+    (0, b'BZh', 'bzip2; decompress it'),
+    (0, b'\xfd7zXZ', 'xz; decompress it'),
+    (0, b'7z\xbc\xaf', 'a 7z archive; unpack it'),
+    (0, b'\x89HDF', "HDF5; give it the suffix '.h5'"),
+    (0, b'<', 'a web page; fetch the file itself'),
+    (8, b'{', "safetensors; give it the suffix '.safetensors'"),
+    (0, b'\x80', 'a pickle of another protocol; save the state dict by torch.save'),
+)
 
 
 class Saved(NamedTuple):
@@ -38,18 +49,15 @@ class Saved(NamedTuple):
 
 def read(path: Path) -> Contents:
     """Returns the tensors of a torch checkpoint. Errors are `UserError`s of one line that name the file."""
-    file = str(path)
-    with open(path, 'rb') as handle:
-        try:
-            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise UserError(f'{file}: the file is empty; fetch it again') from None
+    file, data = str(path), mapped.map_file(path)
     if data[:2] == b'PK':
         saved = _read_zip(path, data)
     elif data[:2] == b'\x80\x02':
         saved = _read_legacy(data, file)
     else:
-        raise UserError(f'{file}: in no format of torch.save (its first bytes are {data[:8].hex()}); is it truncated?')
+        kind = next((kind for start, magic, kind in OTHERS if data[start : start + len(magic)] == magic), None)
+        looks = f'it looks like {kind}' if kind else f'its first bytes are {data[:8].hex()}; is it truncated?'
+        raise UserError(f'{file}: in no format of torch.save: {looks}')
     state, notes = _state_dict(saved.value, file)
     return Contents({name: _tensor(view, saved, data, file) for name, view in state.items()}, notes=notes)
 
@@ -63,9 +71,7 @@ def _tensor(view: View, saved: Saved, data: mmap.mmap, file: str) -> Tensor:
         dtype = dtype.newbyteorder('>')
     start = saved.starts[storage.key] + storage.start * storage.dtype.itemsize + view.offset * dtype.itemsize
     strides = tuple(stride * dtype.itemsize for stride in view.strides)
-    if 0 in view.shape:
-        return Tensor(view.shape, view.dtype, lambda: np.zeros(view.shape, view.dtype))
-    return Tensor(view.shape, view.dtype, lambda: np.ndarray(view.shape, dtype, data, start, strides))
+    return Tensor(view.shape, view.dtype, lambda: mapped.view(data, dtype, view.shape, start, strides))
 
 
 def _read_zip(path: Path, data: mmap.mmap) -> Saved:
@@ -100,6 +106,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> Saved:
             raise UserError(
                 f'{file}: storage {key!r:.40} has {size} bytes, not {storage.size} × {storage.dtype}; fetch it again'
             )
+    _check_apart({key: (start, storages[key]) for key, start in starts.items()}, file)
     big = f'{root}/byteorder' in named and _bytes(extent('byteorder'), data) == b'big'
     return Saved(value, starts, '>' if big else '<')
 
@@ -121,6 +128,15 @@ def _extent(entry: zipfile.ZipInfo, data: mmap.mmap, file: str) -> tuple[int, in
             f'{file}: the zip entry {entry.filename!r:.80} reaches past the end of the file; fetch it again'
         )
     return start, entry.file_size
+
+
+def _check_apart(stored: Mapping[str, tuple[int, Storage]], file: str) -> None:
+    """Refuses entries that share bytes of the file: a small archive could state any amount of them."""
+    end = 0
+    for key, (start, storage) in sorted(stored.items(), key=lambda item: item[1][0]):
+        if start < end:
+            raise UserError(f'{file}: storage {key!r:.40} overlaps another one; fetch the file again')
+        end = start + storage.size * storage.dtype.itemsize
 
 
 def _bytes(extent: tuple[int, int], data: mmap.mmap) -> bytes:

@@ -6,7 +6,6 @@ pattern-matched here and yield descriptions, `Storage` and `View`, that `torch_f
 Anything else in the stream is a `UserError` that names the file and the global.
 """
 
-import math
 import pickletools
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,10 +13,10 @@ import ml_dtypes
 import numpy as np
 
 from tl_jax.errors import UserError
+from tl_jax.pretrained.mapped import array_bytes
 
 MAX_BYTES = 16 << 20  # A tensor takes about 200 bytes of pickle.
 MAX_OPCODES = 2_000_000  # And about 30 opcodes; each costs at most some 200 bytes of memory.
-MAX_RANK = 32  # Of numpy 1; torch itself stops at 64.
 
 
 class Global(NamedTuple):
@@ -252,23 +251,24 @@ def _call(function: Any, args: tuple, file: str) -> Any:
 def _view(storage: Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any, file: str) -> View:
     """Checks a strided view against its storage, in exact integers, before anything takes memory."""
     numbers = (offset, *_checked(shape, tuple), *_checked(strides, tuple))
-    if (
-        len(shape) != len(strides)
-        or len(shape) > MAX_RANK
-        or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-    ):
+    try:
+        if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError
+        size = array_bytes(shape, dtype) // dtype.itemsize
+    except ValueError:
         raise UserError(
             f'{file}: a tensor in the storage {storage.key!r:.40} has impossible sizes; the file is damaged'
-        )
+        ) from None
     available = storage.length * storage.dtype.itemsize // dtype.itemsize
-    size = math.prod(shape)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else 0
     if size > available or (size and last >= available):
         raise UserError(
             f'{file}: a tensor of shape {shape} reaches outside its storage {storage.key!r:.40} of {available}; '
             'the file is damaged, or the tensor expanded: save it contiguous'
         )
-    return View(storage, dtype, offset, shape, strides)
+    # The stride of an axis of one element says nothing, and may be any number.
+    used = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
+    return View(storage, dtype, offset, shape, used)
 
 
 def _popped(stack: list, count: int) -> list:
