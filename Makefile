@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart photos test lint test-tfds clean
+.PHONY: quickstart photos test parity lint test-tfds clean
 
 quickstart: $(VENV)/.ready  ## transfer a shipped MNIST network to other people's digits, 5 labels a class
 	$(BIN)/python launch.py --mode=sweep --config=configs/quickstart.py --workdir=runs/quickstart
@@ -17,6 +17,9 @@ photos: $(VENV)/.ready  ## ImageNet MobileNetV2 to ants and bees; needs ../share
 
 test-tfds: $(VENV)/.ready .venv-tfds/.ready  ## TFDS prepares a set with TensorFlow; we read it without
 	TFDS_PYTHON=.venv-tfds/bin/python $(BIN)/python -m pytest tests/tfds
+
+parity: .venv-parity/.ready  ## our networks beside torchvision's, timm's and transformers', the same weights in both
+	.venv-parity/bin/python -m pytest tests/parity/live_parity.py tests/parity/live_sizes.py tests/parity/live_generate.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -32,5 +35,14 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
 	.venv-tfds/bin/python -m pip install -q --disable-pip-version-check -r requirements-tfds.txt
 	touch $@
 
+# torchvision would ask for a torch of its own kind; only its Python is needed here.
+.venv-parity/.ready: requirements.txt requirements-dev.txt requirements-parity.txt
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	.venv-parity/bin/python -m pip install -q --disable-pip-version-check -r requirements-parity.txt \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+	.venv-parity/bin/python -m pip install -q --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-tfds .jax_cache build *.egg-info
+	rm -rf $(VENV) .venv-tfds .venv-parity .jax_cache build *.egg-info

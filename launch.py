@@ -1,8 +1,9 @@
-"""The one command: trains, evaluates, predicts, compares variants; here, on SLURM or on a TPU pod.
+"""The one command: trains, evaluates, predicts, compares variants, exports; here, on SLURM or on a TPU pod.
 
 python launch.py --config=configs/quickstart.py:probe --workdir=runs/probe
 python launch.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=sweep
 python launch.py --workdir=runs/probe --mode=predict --files='photos/*.jpg' --output=predictions.csv
+python launch.py --workdir=runs/probe --mode=export --origin=torchvision --output=adapted.safetensors
 """
 
 import os
@@ -21,9 +22,10 @@ from tl_jax.train import Preempted
 FLAGS = {
     'config': 'FILE.py[:arg]; without it, the config stored in --workdir',
     'workdir': 'directory of the run',
-    'mode': 'train (default), eval, predict, sweep',
+    'mode': 'train (default), eval, predict, sweep, export',
     'files': 'predict: images, or a pattern in quotes',
-    'output': 'predict: the csv, <workdir>/predictions.csv unless given',
+    'output': 'predict: the csv, <workdir>/predictions.csv unless given; export: the .safetensors file',
+    'origin': 'export: whose names to write: torchvision, timm, transformers, …',
     'dry_run': 'say what would be trained, and stop',
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +91,19 @@ def test_predict_writes_probabilities(trained, photos):
     for row in rows:
         assert float(row['red']) + float(row['blue']) == pytest.approx(1, abs=1e-5)
     assert np.mean([row['prediction'] in row['file'] for row in rows]) > 0.9
+
+
+def test_export_writes_the_names_of_an_origin(trained, tmp_path):
+    output = tmp_path / 'adapted.safetensors'
+    done = launch(f'--workdir={trained}', '--mode=export', '--origin=tl_jax', f'--output={output}')
+    assert done.returncode == 0, done.stderr
+    stored = safetensors.numpy.load_file(output)
+    run = safetensors.numpy.load_file(trained / 'model.safetensors')
+    assert stored.keys() == run.keys() and 'params/head/kernel' in stored
+    for name, tensor in run.items():
+        np.testing.assert_array_equal(stored[name], tensor)
+    done = launch(f'--workdir={trained}', '--mode=export', '--origin=timm', f'--output={output}')
+    assert done.returncode == 2 and "origin: there is no 'timm'" in done.stderr
 
 
 def test_a_finished_run_is_a_checkpoint_for_the_next(trained, config_file, tmp_path):

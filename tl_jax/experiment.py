@@ -115,6 +115,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
       UserError: whatever in the config, the data or the rules cannot work, in one line.
     """
     data = data_from(config)
+    config = {**config, 'model': pretrained.resolved(config['model'])}
     if config['dtype'] not in DTYPES:
         raise UserError(f"config.dtype: must be one of {', '.join(DTYPES)}, not '{config['dtype']}'")
     if not config['stages']:
@@ -193,7 +194,9 @@ def model_from(
     def init(key, inputs):
         variables = dict(jax.jit(lambda k, x: module.init(k, x, train=False))(key, inputs))
         if source and load:
-            variables = pretrained.fill_model(name, source, variables, ignore=ignore, fresh=fresh)
+            variables = pretrained.fill_model(
+                name, source, variables, backbone=module.backbone, ignore=ignore, fresh=fresh
+            )
         return variables
 
     def classify(variables, features, *, train=False, rngs=None):
@@ -257,7 +260,9 @@ def create_objective(
         options = fields.pop(role)
         if not isinstance(options, Mapping):
             raise UserError(f"{where}.{role}: must be a network such as dict(name='mlp', dense=[100]), not {options!r}")
-        others[role] = call(model_from, options, f'{where}.{role}', classes=classes, dtype=dtype, load=load_others)
+        others[role] = call(
+            model_from, pretrained.resolved(options), f'{where}.{role}', classes=classes, dtype=dtype, load=load_others
+        )
     facts = {'num_classes': classes, 'num_examples': {stream: source.length for stream, source in data.sources.items()}}
     objective = call(constructor, fields, where, main, **others, **_asked(constructor, facts))
     for view, options in views.items():

@@ -8,6 +8,8 @@ import jax
 from tl_jax import data as data_lib
 from tl_jax.config import call, plain
 from tl_jax.errors import UserError, nearest
+from tl_jax.pretrained.catalogue import Preprocessing, evaluation_transforms, training_transforms
+from tl_jax.pretrained.maps import CATALOGUE
 
 
 class Data(NamedTuple):
@@ -41,9 +43,13 @@ class Data(NamedTuple):
 
 def data_from(config: Mapping[str, Any]) -> Data:
     """Opens the data of a resolved config."""
+    section = dict(config['data'])
+    for field, transforms in (('train_transform', training_transforms), ('eval_transform', evaluation_transforms)):
+        if section.get(field) == 'pretrained':
+            section[field] = transforms(_preprocessing(config['model'].get('name'), f'config.data.{field}'))
     return call(
         open_data,
-        config['data'],
+        section,
         'config.data',
         run_seed=config['seed'],
         batch_size=config['batch_size'],
@@ -72,8 +78,9 @@ def open_data(
         `dict(spec='folder:PATH', shots=5, …)` with the options of `tl_jax.data.open_source`.
       eval: the source of the split `val`, or `{split: source}`.
       test: the source of the split `test`, or `{split: source}`.
-      train_transform: of training examples: names or dicts, `tl_jax.data.make_transform`; or `{stream: such a list}`.
-      eval_transform: of evaluation examples; or `{split or stream: such a list}`.
+      train_transform: of training examples: names or dicts, `tl_jax.data.make_transform`; or `{stream: such a list}`; or
+        'pretrained': a random crop, a flip, and the input size and normalisation of `config.model.name`'s checkpoint.
+      eval_transform: of evaluation examples; or `{split or stream: such a list}`; or 'pretrained', as for the checkpoint.
       balance: 'class' draws every class of a labelled stream equally often.
       poisson: rate of Poisson sampling: each example joins a step's batch by itself, for differential privacy; then
         `batch_size` is the room for them, and the field `mask` says which rows are taken.
@@ -122,6 +129,18 @@ def open_data(
         for i, (name, source) in enumerate(sources.items())
     }
     return Data(streams, sources, held_out['eval'], held_out['test'], eval_transforms, batches, class_names, poisson)
+
+
+def _preprocessing(name: str | None, field: str) -> Preprocessing:
+    """Of the checkpoint that the main network is named after."""
+    entry = CATALOGUE.get(name)
+    if entry is None or entry.preprocessing is None:
+        known = [each for each, entry in CATALOGUE.items() if entry.preprocessing]
+        raise UserError(
+            f"{field}: 'pretrained' is the preprocessing of a catalogued checkpoint of images, and config.model.name is "
+            f'{name!r}; {nearest(str(name), known)}'
+        )
+    return entry.preprocessing
 
 
 def _transforms(given: list | Mapping, names: Mapping[str, Any], field: str) -> dict[str, list]:

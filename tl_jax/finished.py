@@ -11,7 +11,7 @@ import numpy as np
 
 from tl_jax import data as data_lib
 from tl_jax import mesh as mesh_lib
-from tl_jax import pretrained
+from tl_jax import models, pretrained, trees
 from tl_jax.config import call
 from tl_jax.errors import UserError
 from tl_jax.evaluate import Predictions, create_eval_step, evaluate
@@ -43,13 +43,7 @@ def trained(workdir: Path) -> Trained:
     Raises:
       UserError: the run has not finished, or its file does not say what it holds.
     """
-    path = workdir / 'model.safetensors'
-    if not path.exists():
-        raise UserError(f'{path}: there is no such file; is {workdir} a finished run?')
-    try:
-        about = json.loads(pretrained.read(path).metadata['tl_jax'])
-    except (KeyError, ValueError):
-        raise UserError(f'{path}: does not say which model it holds; it was not written by a run') from None
+    path, _, about = _opened(workdir)
     if not about.get('classification', True):
         raise UserError(
             f'{workdir}: its objective gives other figures than a classification; they stand in {workdir}/summary.json'
@@ -63,6 +57,28 @@ def trained(workdir: Path) -> Trained:
 
     variables = model.init(jax.random.key(0), np.zeros((1, *shape), np.float32))
     return Trained(predict, variables, names, shape, about['eval_transform'])
+
+
+def network(workdir: Path) -> tuple[Any, dict[str, Any]]:
+    """The Linen module of a finished run and all variables that it left; errors as `trained`."""
+    _, contents, about = _opened(workdir)
+    fields = {**about['model'], 'dtype': about['dtype']}
+    width = fields.pop('num_classes', None)
+    width = len(about['class_names']) if width is None else width
+    module = models.create_model(**fields, num_classes=width or None)
+    return module, trees.unflatten({path: np.asarray(tensor.array()) for path, tensor in contents.tensors.items()})
+
+
+def _opened(workdir: Path) -> tuple[Path, pretrained.Contents, dict[str, Any]]:
+    """A run's `model.safetensors`: its path, its tensors, and what it says of itself."""
+    path = workdir / 'model.safetensors'
+    if not path.exists():
+        raise UserError(f'{path}: there is no such file; is {workdir} a finished run?')
+    contents = pretrained.read(path)
+    try:
+        return path, contents, json.loads(contents.metadata['tl_jax'])
+    except (KeyError, ValueError):
+        raise UserError(f'{path}: does not say which model it holds; it was not written by a run') from None
 
 
 def predict(model: Trained, source: Any, transforms: Any, batch_size: int = 64) -> Predictions:

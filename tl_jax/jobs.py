@@ -1,4 +1,4 @@
-"""What the modes of `launch.py` do: train, eval, predict, sweep, and the dry run."""
+"""What the modes of `launch.py` do: train, eval, predict, sweep, export, and the dry run."""
 
 import csv
 import glob
@@ -14,11 +14,11 @@ from tl_jax import config as config_lib
 from tl_jax import data as data_lib
 from tl_jax import evaluate as evaluate_lib
 from tl_jax import mesh as mesh_lib
-from tl_jax import overview, report, train
+from tl_jax import overview, pretrained, report, train
 from tl_jax import workdir as workdir_lib
 from tl_jax.errors import UserError
 from tl_jax.experiment_data import data_from
-from tl_jax.finished import predict, trained
+from tl_jax.finished import network, predict, trained
 from tl_jax.progress import say
 
 Flags = Mapping[str, str]
@@ -77,6 +77,18 @@ def run_predict(flags: Flags, assignments: Sequence[str]) -> None:
     say(f'{len(paths)} predictions: {output}')
 
 
+def run_export(flags: Flags, assignments: Sequence[str]) -> None:
+    """Writes a finished run's network under the names of another library, which then loads the file."""
+    workdir = _workdir(flags)
+    if 'origin' not in flags or 'output' not in flags:
+        raise UserError(
+            '--origin, --output: say whose names to write, such as --origin=timm --output=model.safetensors'
+        )
+    module, variables = network(workdir)
+    names = pretrained.export_pretrained(flags['output'], variables, module.backbone, flags['origin'])
+    say(f'{len(names)} tensors under the names of {flags["origin"]}: {flags["output"]}')
+
+
 def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
     """Trains every variant that the config's `sweep()` yields, resuming what was begun, and prints their table."""
     if 'config' not in flags:
@@ -109,6 +121,7 @@ JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
     'eval': run_eval,
     'predict': run_predict,
     'sweep': run_sweep,
+    'export': run_export,
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tl_jax import models
 from tl_jax.errors import UserError
 from tl_jax.models import create_model, list_models
 from tl_jax.models.heads import Cosine
@@ -46,8 +47,9 @@ def shapes_of(model, image_shape, train=False):
     return variables, endpoints, updates
 
 
-def test_every_model_is_counted_here_or_with_the_text_models():
-    assert set(list_models()) == {*PARAMETERS, 'text_bag', 'text_transformer'}
+def test_no_family_takes_another_s_names():
+    by_family = [name for family in models.FAMILIES for name in family.MODELS]
+    assert sorted(by_family) == list_models() and set(PARAMETERS) <= set(by_family)
 
 
 @pytest.mark.parametrize('name', PARAMETERS)
@@ -161,7 +163,7 @@ def test_convnet_options():
         ({'name': 'resnet19'}, "model.name: there is no model 'resnet19'; did you mean 'resnet18'"),
         ({'name': 'resnet18', 'wdths': [1]}, "model.wdths: unknown field; did you mean 'widths'"),
         ({'name': 'resnet18', 'parent': 1}, 'model.parent: unknown field'),
-        ({'name': 'resnet18', 'stem': 'smal'}, "model.stem: must be 'imagenet' or 'small'"),
+        ({'name': 'resnet18', 'stem': 'smal'}, "model.stem: must be 'imagenet' or 'deep'"),
         (
             {'name': 'mlp', 'num_classes': 3, 'head': 'liner'},
             "model.head: there is no head 'liner'; did you mean 'linear'",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tl_jax.errors import UserError
-from tl_jax.pretrained import Contents, Tensor, fill
+from tl_jax.pretrained import Contents, Tensor, fill, maps, names
 from tl_jax.trees import flatten, unflatten
 
 RANDOM = np.random.default_rng(0)
@@ -46,6 +46,11 @@ def contents(arrays=ARRAYS, *, read=None, **changes) -> Contents:
     return Contents(tensors)
 
 
+# A map that sends two names to one leaf.
+TWICE = maps.choose(ARRAYS, 'resnet')
+TWICE = TWICE._replace(rules=(*TWICE.rules, *names.dense('linear', 'head')))
+
+
 def model(**shapes) -> dict:
     """Shapes only; a changed shape of None removes the leaf."""
     merged = {**SHAPES, **{name.replace('__', '/'): shape for name, shape in shapes.items()}}
@@ -74,7 +79,7 @@ def test_the_account_is_a_few_lines():
     changed = contents(fc__weight=ARRAYS['fc.weight'].astype(np.float16))
     _, account = fill(model(), changed, source='net.pth', sha256='0123456789abcdef')
     assert str(account).splitlines() == [
-        'loaded net.pth (resnet of torchvision, timm or akamaster, sha256 0123456789ab)',
+        'loaded net.pth (torchvision, sha256 0123456789ab)',
         '  used     8 tensors, 1,048 bytes, 1 of them cast from float16 to float32',
         r'  ignored  1 tensors by (.*\.)?num_batches_tracked (a counter of torch, unused here)',
     ]
@@ -158,7 +163,12 @@ def test_casts_visibly(dtype):
         ),
         ({'bn1__weight': np.ones(4, bool)}, {}, {}, 'is bool'),
         ({'bn1__weight': np.ones(4, np.complex64)}, {}, {}, 'is complex64'),
-        ({'linear__weight': ARRAYS['fc.weight']}, {}, {}, "'fc.weight', 'linear.weight' are both 'params/head/kernel'"),
+        (
+            {'linear__weight': ARRAYS['fc.weight']},
+            {},
+            {'name_map': TWICE},
+            "'fc.weight', 'linear.weight' are both 'params/head/kernel'",
+        ),
         ({}, {}, {'fresh': ['haed/.*']}, r"fresh\[0\]: the rule 'haed/\.\*' does nothing: .*'head/\.\*'"),
         ({}, {}, {'ignore': ['fc.wieght']}, r"ignore\[0\]: the rule 'fc.wieght' does nothing: .*'fc.weight'"),
         ({}, {}, {'ignore': ['fc.weight']}, "1 leaves have no tensor in the file: 'params/head/kernel'"),
@@ -184,7 +194,7 @@ def test_refuses_values_that_are_not_finite(value, dtype, kind):
 
 
 def test_refuses_names_that_no_map_knows():
-    with pytest.raises(UserError, match=r"no name map knows its tensors \('a.b'\); known origins: tl_jax; resnet"):
+    with pytest.raises(UserError, match=r"no name map knows its tensors \('a.b'\); known are .*ResNet"):
         fill(model(), contents({'a.b': np.ones(3, 'f4')}))
 
 

@@ -1,6 +1,7 @@
 """Text: from lines of files to token ids. Every tokenizer is a fixed function of its options and gives the same ids anywhere.
 
-Id 0 is padding. Words are those of the text in lower case (Unicode NFKC), and every other visible sign by itself.
+Id 0 is padding, except where a pretrained model's tokenizer (`tl_jax.data.tokenizers`) has another. Words are those of the
+text in lower case (Unicode NFKC), and every other visible sign by itself.
 """
 
 import collections
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from tl_jax.data.base import MAX_BYTES, check_size, existing
+from tl_jax.data.tokenizers import PretrainedTokenizer, open_tokenizer
 from tl_jax.errors import UserError, nearest
 
 WORD = re.compile(r'\w+|[^\w\s]')
@@ -37,8 +39,8 @@ class Tokenizer(NamedTuple):
         return ids
 
 
-def make_tokenizer(item: str | Mapping[str, Any]) -> Tokenizer:
-    """A tokenizer from its name, 'bytes', 'hashed' or 'words', or from `dict(name=…, **options)`."""
+def make_tokenizer(item: str | Mapping[str, Any]) -> Tokenizer | PretrainedTokenizer:
+    """A tokenizer from its name, 'bytes', 'hashed', 'words' or 'pretrained', or from `dict(name=…, **options)`."""
     options = {'name': item} if isinstance(item, str) else dict(item)
     name = options.pop('name', None)
     if name not in TOKENIZERS:
@@ -95,10 +97,11 @@ def word_tokenizer(*, text: str, vocabulary: int = 8192) -> Tokenizer:
     return Tokenizer(lambda line: [ids.get(word, UNKNOWN) for word in words_of(line)], vocabulary)
 
 
-TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+TOKENIZERS: dict[str, Callable[..., Tokenizer | PretrainedTokenizer]] = {
     'bytes': byte_tokenizer,
     'hashed': hashed_tokenizer,
     'words': word_tokenizer,
+    'pretrained': open_tokenizer,
 }
 
 

@@ -14,10 +14,57 @@ from jaxtyping import Array, Float
 
 from tl_jax.config import call
 from tl_jax.errors import UserError, nearest
-from tl_jax.models import convnet, mobilenet, resnet, text
+from tl_jax.models import (
+    bert,
+    bit,
+    clip,
+    convnet,
+    convnext,
+    deberta,
+    densenet,
+    efficientnet,
+    gpt2,
+    inception,
+    llama,
+    mobilenet,
+    mobilenet_v1,
+    mobilenet_v3,
+    resnet,
+    squeezenet,
+    swin,
+    t5,
+    text,
+    tiny,
+    vgg,
+    vit,
+)
 from tl_jax.models.heads import HEADS
 
-MODELS = {**resnet.MODELS, **mobilenet.MODELS, **convnet.MODELS, **text.MODELS}
+FAMILIES = (
+    bert,
+    bit,
+    clip,
+    convnet,
+    convnext,
+    deberta,
+    densenet,
+    efficientnet,
+    gpt2,
+    inception,
+    llama,
+    mobilenet,
+    mobilenet_v1,
+    mobilenet_v3,
+    resnet,
+    squeezenet,
+    swin,
+    t5,
+    text,
+    tiny,
+    vgg,
+    vit,
+)
+MODELS = {name: constructor for family in FAMILIES for name, constructor in family.MODELS.items()}
 
 
 class Classifier(nn.Module):
@@ -44,14 +91,15 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, head: str | Mapping[str, Any] = 'linear', **overrides: Any
+    name: str, *, num_classes: int | None = None, head: str | Mapping[str, Any] | None = None, **overrides: Any
 ) -> Classifier:
     """Builds a model.
 
     Args:
       name: one of `list_models()`.
       num_classes: width of the logits; None for no head.
-      head: 'linear', 'mlp', 'cosine' or 'weight_norm', or with its fields: `dict(name='mlp', widths=[512], dropout=0.5)`.
+      head: 'linear', 'mlp', 'cosine', 'weight_norm' or 'distilled', or with its fields:
+        `dict(name='mlp', widths=[512], dropout=0.5)`; what the backbone was made for unless given, mostly 'linear'.
       **overrides: the backbone's own fields (see the module of its family), such as `dtype` and `width`.
 
     Raises:
@@ -66,8 +114,8 @@ def create_model(
     backbone = _construct(MODELS[name], overrides, 'model')
     if num_classes is None:
         return Classifier(backbone)
-    fields = {'name': head} if isinstance(head, str) else dict(head)
-    kind = fields.pop('name', 'linear')
+    fields = {'name': head} if isinstance(head, str) else dict(head or {})
+    kind = fields.pop('name', getattr(backbone, 'head_kind', 'linear'))
     if kind not in HEADS:
         raise UserError(f"model.head: there is no head '{kind}'; {nearest(kind, HEADS)}")
     return Classifier(backbone, _construct(HEADS[kind], fields, 'model.head', num_classes=num_classes))

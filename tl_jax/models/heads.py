@@ -3,6 +3,7 @@
 Every head is called as `head(features [batch, dim], train) -> logits [batch, classes]`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,12 +25,31 @@ class Linear(nn.Module):
 
     num_classes: int
     dropout: float = 0.0
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, features: Float[Array, 'batch dim'], train: bool = False) -> Float[Array, 'batch classes']:
         features = nn.Dropout(self.dropout, deterministic=not train)(features.astype(jnp.float32))
-        kernel = self.param('kernel', uniform, (features.shape[-1], self.num_classes), jnp.float32)
-        return features @ kernel + self.param('bias', nn.initializers.zeros, (self.num_classes,), jnp.float32)
+        logits = features @ self.param('kernel', uniform, (features.shape[-1], self.num_classes), jnp.float32)
+        if self.use_bias:
+            logits += self.param('bias', nn.initializers.zeros, (self.num_classes,), jnp.float32)
+        return logits
+
+
+class Distilled(nn.Module):
+    """The mean of two linear heads, on the two halves of the features (Touvron et al. 2020, arXiv:2012.12877, section 4).
+
+    The first half is the class token's, whose head holds `kernel` and `bias`; that of the distillation token is `distillation`.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features: Float[Array, 'batch dim'], train: bool = False) -> Float[Array, 'batch classes']:
+        token, distillation = jnp.split(features.astype(jnp.float32), 2, -1)
+        kernel = self.param('kernel', uniform, (token.shape[-1], self.num_classes), jnp.float32)
+        logits = token @ kernel + self.param('bias', nn.initializers.zeros, (self.num_classes,), jnp.float32)
+        return 0.5 * (logits + Linear(self.num_classes, name='distillation')(distillation))
 
 
 class Mlp(nn.Module):
@@ -90,4 +110,11 @@ def _unit(x: Array, axis: int) -> Array:
     return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis, keepdims=True), 1e-12))
 
 
-HEADS = {'linear': Linear, 'mlp': Mlp, 'cosine': Cosine, 'weight_norm': WeightNorm}
+HEADS = {
+    'linear': Linear,
+    'unbiased': functools.partial(Linear, use_bias=False),
+    'mlp': Mlp,
+    'cosine': Cosine,
+    'weight_norm': WeightNorm,
+    'distilled': Distilled,
+}

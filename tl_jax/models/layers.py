@@ -18,8 +18,8 @@ platform gets a form that may be slow there, never a wrong one; `Conv(form=…)`
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +204,8 @@ class Conv(nn.Module):
       use_bias: whether there is one.
       dtype: of the computation. On CPU only the operands of matrix products take it; what comes out is float32.
       form: 'xla', 'patches' or 'taps' for all three of output and gradients; None for the measured choice.
+      kernel_init: of the kernel.
+      reparametrize: the stored kernel -> the one to convolve with, such as the standardised one; None for the same.
     """
 
     features: int
@@ -216,12 +218,15 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     form: str | None = None
     kernel_init: nn.initializers.Initializer = kaiming
+    reparametrize: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, 'batch height width channels']) -> Float[Array, 'batch rows columns features']:
         kernel_size = _pair(self.kernel_size)
         kernel_shape = (*kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param('kernel', self.kernel_init, kernel_shape, jnp.float32)
+        if self.reparametrize is not None:
+            kernel = self.reparametrize(kernel)
         padding = _pad_amounts(self.padding, x.shape[1:3], kernel_size, self.strides, self.dilation)
         window = Window(_pair(self.strides), padding, _pair(self.dilation), self.groups)
         if min(_output_size(x.shape[1:3], kernel_size, window)) < 1:
@@ -295,6 +300,30 @@ class BatchNorm(nn.Module):
         return y if jax.default_backend() == 'cpu' else y.astype(self.dtype)
 
 
+class SqueezeExcite(nn.Module):
+    """Channels weighed by what they hold on average: `x · gate(expand(act(reduce(mean(x)))))` (Hu et al. 2017, arXiv:1709.01507).
+
+    Attributes:
+      width: channels between `reduce` and `expand`.
+      activation: between them.
+      gate: of the weights.
+      dtype: of the computation.
+    """
+
+    width: int
+    activation: Literal['relu', 'silu'] = 'relu'
+    gate: Literal['sigmoid', 'hard_sigmoid'] = 'sigmoid'
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'batch height width channels']) -> Float[Array, 'batch height width channels']:
+        mean = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32)
+        y = Conv(self.width, 1, use_bias=True, dtype=self.dtype, name='reduce')(mean)
+        y = getattr(nn, self.activation)(y)
+        y = Conv(x.shape[-1], 1, use_bias=True, dtype=self.dtype, name='expand')(y)
+        return x * getattr(nn, self.gate)(y)
+
+
 def max_pool(x: Float[Array, 'batch height width channels'], window: int, stride: int, padding: int = 0):
     """The maximum over windows of `window × window`, `padding` minus infinities on every side; ties: the first, as in torch.
 
@@ -306,6 +335,13 @@ def max_pool(x: Float[Array, 'batch height width channels'], window: int, stride
     for axis in (2, 1):
         x = _max_along(x, axis, window, stride, padding)
     return x
+
+
+def avg_pool(x: Float[Array, 'batch height width channels'], window: int, stride: int, padding: int = 0):
+    """The mean over windows of `window × window`, in which the `padding` zeros on every side count as values, as in torch."""
+    for axis in (2, 1):
+        x = functools.reduce(jnp.add, _shifted(x, axis, window, stride, padding, 0.0))
+    return x / window**2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
@@ -330,4 +366,6 @@ def _shifted(x, axis, window, stride, padding, fill) -> list[Array]:
     pads = [(padding, padding, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)]
     x = lax.pad(x, jnp.asarray(fill, x.dtype), pads)
     count = (x.shape[axis] - window) // stride + 1
+    if count < 1:
+        raise UserError(f'model: a map is smaller than the {window} × {window} window that pools it; use larger images')
     return [lax.slice_in_dim(x, k, k + (count - 1) * stride + 1, stride, axis) for k in range(window)]

@@ -1,6 +1,7 @@
 """Pretrained weights: any supported file into our variables, with every tensor and every leaf accounted for."""
 
-import hashlib
+import fnmatch
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from tl_jax import models
-from tl_jax.errors import UserError
-from tl_jax.pretrained import names, npz_file, safetensors_file, torch_file
+from tl_jax.errors import UserError, nearest
+from tl_jax.pretrained import (
+    keras_file,
+    maps,
+    msgpack_file,
+    names,
+    npz_file,
+    orbax_folder,
+    safetensors_file,
+    sharded,
+    tfjs_file,
+    tflite_file,
+    torch_file,
+)
 from tl_jax.pretrained.account import Account, fill
+from tl_jax.pretrained.export import export_pretrained
 from tl_jax.pretrained.safetensors_file import save_variables
-from tl_jax.pretrained.sources import locate
+from tl_jax.pretrained.sources import locate, sha256
 from tl_jax.pretrained.tensors import Contents, Tensor
 from tl_jax.trees import flatten, unflatten
 
@@ -23,35 +38,49 @@ __all__ = [
     'Account',
     'Contents',
     'Tensor',
+    'export_pretrained',
     'fill',
     'fill_model',
+    'list_pretrained',
     'load_pretrained',
     'overlay',
     'read',
+    'resolved',
     'save_variables',
 ]
 
+# By the end of the name; an Orbax checkpoint is a folder, and needs none.
 READERS = {
     '.safetensors': safetensors_file.read,
     '.pth': torch_file.read,
     '.pt': torch_file.read,
     '.bin': torch_file.read,
     '.th': torch_file.read,
+    sharded.SUFFIX: sharded.read_index,
     '.npz': npz_file.read,
+    '.h5': keras_file.read,
+    '.hdf5': keras_file.read,
+    '.keras': keras_file.read,
+    'model.json': tfjs_file.read,
+    '.tflite': tflite_file.read,
+    '.msgpack': msgpack_file.read,
 }
 
 
 def read(path: str | os.PathLike) -> Contents:
-    """Reads a file of weights by its suffix: names, shapes and dtypes now, values on demand.
+    """Reads a file of weights, known by its suffix, or a checkpoint's folder: names, shapes and dtypes now, values on demand.
 
     Raises:
       UserError: it cannot be read, is damaged, or asks for anything but tensors.
     """
     path = Path(path)
-    if path.suffix not in READERS:
+    reader = next((reader for end, reader in READERS.items() if path.name.endswith(end)), None)
+    if path.is_dir():
+        reader = orbax_folder.read
+    if reader is None:
         raise UserError(f"{path}: no reader for the suffix '{path.suffix}'; known: {', '.join(READERS)}")
     try:
-        return READERS[path.suffix](path)
+        return reader(path)
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); check the path and its permissions') from None
 
@@ -60,12 +89,21 @@ def overlay(
     source: str | os.PathLike,
     variables: Mapping[str, Any],
     *,
+    backbone: nn.Module | None = None,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
 ) -> tuple[dict[str, Any], Account]:
     """Fills a model's variables from a source; rules and errors as in `fill`, sources as in `load_pretrained`."""
     opened = _open(source)
-    return fill(variables, opened.contents, ignore=ignore, fresh=fresh, source=opened.source, sha256=opened.sha256)
+    return fill(
+        variables,
+        opened.contents,
+        backbone=backbone,
+        ignore=ignore,
+        fresh=fresh,
+        source=opened.source,
+        sha256=opened.sha256,
+    )
 
 
 def fill_model(
@@ -73,6 +111,7 @@ def fill_model(
     source: str | os.PathLike,
     variables: Mapping[str, Any],
     *,
+    backbone: nn.Module | None = None,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -82,35 +121,38 @@ def fill_model(
       name: of the model, for the account.
       source: as in `load_pretrained`.
       variables: `{'params': {'backbone': …, 'head': …}, 'batch_stats': …}`; fresh leaves keep these values.
+      backbone: the module of that role; its family's name maps are then the only ones looked at.
       ignore: regexes of tensors, by the file's names, that are not wanted.
       fresh: regexes of leaves, `role/module/…/leaf`, that keep the value they have.
     """
-    filled, account = overlay(source, variables, ignore=ignore, fresh=fresh)
+    filled, account = overlay(source, variables, backbone=backbone, ignore=ignore, fresh=fresh)
     print(f'{name}: {account}')
     return filled
 
 
 def load_pretrained(
     name: str,
-    source: str | os.PathLike,
+    source: str | os.PathLike | None = None,
     num_classes: int | None = None,
     *,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
     key: jax.Array | None = None,
     image_shape: Sequence[int] | None = None,
+    inputs: Any = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Creates a model's variables from pretrained weights, and prints the account of both.
 
     Args:
-      name: of the model, in `tl_jax.models.list_models()`.
-      source: a path, `hf://org/repo[@revision][/file]`, or `shipped:NAME`.
+      name: of the model, in `tl_jax.models.list_models()`, or of a checkpoint, in `list_pretrained()`.
+      source: a path, `hf://org/repo[@revision][/file]`, or `shipped:NAME`; the checkpoint's own unless given.
       num_classes: of the head; where it is not the file's the head is fresh. None keeps the file's head, if it has one.
       ignore: regexes of tensors, by the file's names, that are not wanted.
       fresh: regexes of leaves, `role/module/…/leaf`, that keep their random start.
       key: of that random start; `jax.random.key(0)` unless given.
       image_shape: height, width, channels to initialise for; the file's own if it says, else 32×32×3.
+      inputs: to initialise with, of models that take no images: tokens [1, length], say. Values do not matter.
       **overrides: the model's own fields.
 
     Returns:
@@ -119,20 +161,29 @@ def load_pretrained(
     Raises:
       UserError: as `fill`, `read` and `locate` do.
     """
+    given = {'source': source} if source is not None else {}
+    overrides = resolved({'name': name, **given, **overrides})
+    name, source = overrides.pop('name'), overrides.pop('source', None)
+    if source is None:
+        raise UserError(
+            f"source: '{name}' is an architecture; give the path of its weights, or a name of list_pretrained()"
+        )
     opened = _open(source)
     if num_classes is None:
-        num_classes = _classes(opened)
+        num_classes = _classes(opened, models.create_model(name, **overrides).backbone)
     if image_shape is None:
         image_shape = _stated_shape(opened.contents.metadata) or (32, 32, 3)
     module = models.create_model(name, num_classes=num_classes, **overrides)
     key = jax.random.key(0) if key is None else key
+    inputs = jnp.zeros((1, *image_shape)) if inputs is None else inputs
 
     def start(key):
-        return dict(module.init(key, jnp.zeros((1, *image_shape)), train=False))
+        return dict(module.init(key, inputs, train=False))
 
     variables, account = fill(
         jax.eval_shape(start, key),
         opened.contents,
+        backbone=module.backbone,
         ignore=ignore,
         fresh=fresh,
         source=opened.source,
@@ -156,18 +207,57 @@ class _Opened(NamedTuple):
 
 def _open(source: str | os.PathLike) -> _Opened:
     path = locate(source)
-    contents = read(path)
-    with open(path, 'rb') as file:
-        return _Opened(os.fspath(source), contents, hashlib.file_digest(file, 'sha256').hexdigest())
+    return _Opened(os.fspath(source), read(path), sha256(path))
 
 
-def _classes(opened: _Opened) -> int | None:
+def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's section with the names of checkpoints and the sizes that stand beside their weights put in.
+
+    Args:
+      section: `name`, perhaps `source`, and fields of the model. A name of the catalogue, such as
+        'timm/resnet50.a1_in1k', stands for its architecture, source and fields; where the folder of the source has the
+        `config.json` of Hugging Face, that states the sizes. What the section itself states counts before either.
+
+    Raises:
+      UserError: no such checkpoint, or `config.json` is damaged or asks for what the family cannot express.
+    """
+    fields = dict(section)
+    name = fields.get('name', '')
+    if name in maps.CATALOGUE:
+        entry = maps.CATALOGUE[name]
+        fields = {'source': entry.source, **entry.fields, **fields, 'name': entry.model}
+    elif '/' in name:
+        raise UserError(f"model.name: no checkpoint '{name}' in the catalogue; {nearest(name, maps.CATALOGUE)}")
+    if fields.get('source'):
+        fields = _stated_fields(fields['name'], fields['source']) | fields
+    return fields
+
+
+def _stated_fields(name: str, source: str | os.PathLike) -> dict[str, Any]:
+    """The sizes of a network that the `config.json` beside its weights states, as fields of the model; {} without one."""
+    path = locate(source).parent / 'config.json'
+    family = maps.family_of(models.create_model(name).backbone)
+    if family is None or not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: not a JSON file ({error}); fetch it again') from None
+    return family.fields(config) if isinstance(config, dict) else {}
+
+
+def list_pretrained(pattern: str = '*') -> list[str]:
+    """The checkpoints of the catalogue whose name matches, such as 'timm/vit*'."""
+    return sorted(fnmatch.filter(maps.CATALOGUE, pattern))
+
+
+def _classes(opened: _Opened, backbone: nn.Module) -> int | None:
     """The width of the file's head; None if it has none."""
     short, _ = names.without_prefix(opened.contents.tensors)
-    name_map = names.choose(short.values(), opened.source)
+    name_map = maps.choose(short.values(), opened.source, backbone)
     for name, tensor in opened.contents.tensors.items():
         found = names.target(name_map, short[name])
-        if found and found.path == 'params/head/bias' and len(tensor.shape) == 1:
+        if found and found.paths == ('params/head/bias',) and len(tensor.shape) == 1:
             return tensor.shape[0]
     return None
 

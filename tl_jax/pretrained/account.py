@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import linen as nn
 
 from tl_jax.errors import UserError, nearest
-from tl_jax.pretrained import names
+from tl_jax.pretrained import maps, names
 from tl_jax.pretrained.names import NameMap, Target
 from tl_jax.pretrained.tensors import Contents, Tensor, listed
 from tl_jax.trees import flatten, match, unflatten
@@ -36,6 +36,7 @@ class Account(NamedTuple):
       ignored: `{tensor: rule}`.
       fresh: `{leaf: rule}`, the leaves that keep their initial value.
       cast: `{leaf: 'float16 to float32'}`, of the leaves whose dtype is not the file's.
+      fitted: `{leaf: how}`, of the leaves whose shape is not the tensor's, such as 'resized from [197, 192]'.
       size: bytes of the tensors used, as the file holds them.
       notes: what the reader chose and left aside.
     """
@@ -47,6 +48,7 @@ class Account(NamedTuple):
     ignored: Mapping[str, str]
     fresh: Mapping[str, str]
     cast: Mapping[str, str]
+    fitted: Mapping[str, str]
     size: int
     notes: tuple[str, ...]
 
@@ -54,8 +56,11 @@ class Account(NamedTuple):
         digest = f', sha256 {self.sha256[:12]}' if self.sha256 else ''
         lines = [
             f'loaded {self.source} ({self.origin}{digest})',
-            f'  used     {len(self.used)} tensors, {self.size:,} bytes' + _cast_clause(self.cast),
+            f'  used     {len(set(self.used.values()))} tensors, {self.size:,} bytes' + _cast_clause(self.cast),
         ]
+        lines += (
+            [f'  fitted   {"; ".join(f"{path} {how}" for path, how in self.fitted.items())}'] if self.fitted else []
+        )
         lines += [f'  ignored  {_by_rule(self.ignored, "tensors")}'] if self.ignored else []
         lines += [f'  fresh    {_by_rule(self.fresh, "leaves")}'] if self.fresh else []
         lines += [f'  note     {"; ".join(self.notes)}'] if self.notes else []
@@ -63,11 +68,19 @@ class Account(NamedTuple):
 
 
 class _Fill(NamedTuple):
-    """One planned copy."""
+    """One planned copy: of the tensor, or of that part of it which is this leaf."""
 
     name: str
     tensor: Tensor
     target: Target
+    part: int
+    fit: names.Fit | None
+
+    def view(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The array in our layout, fitted where a leaf of this shape needs it; a ValueError if it cannot be read so."""
+        read = self.target.layout.read(array)
+        view = read if len(self.target.paths) == 1 else read[self.part]
+        return self.fit.change(view, shape) if self.fit and view.shape != shape else view
 
 
 def fill(
@@ -77,6 +90,7 @@ def fill(
     *,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
+    backbone: nn.Module | None = None,
     source: str = 'the checkpoint',
     sha256: str = '',
 ) -> tuple[dict[str, Any], Account]:
@@ -88,9 +102,10 @@ def fill(
     Args:
       variables: `{'params': {role: …}, 'batch_stats': {role: …}}` of arrays or `jax.ShapeDtypeStruct`s.
       contents: of the file.
-      name_map: of its origin; found by the names unless given.
+      name_map: of its origin; found by the names, among those of the backbone's family, unless given.
       ignore: regexes of tensors, by the file's names, that are not wanted.
       fresh: regexes of leaves, `role/module/…/leaf`, that keep the value they have; tensors for them are ignored.
+      backbone: the module that the variables of that role are of.
       source: what to call the file.
       sha256: of the file, for the account.
 
@@ -103,7 +118,7 @@ def fill(
     """
     leaves = flatten(variables)
     short, prefix = names.without_prefix(contents.tensors)
-    name_map = name_map or names.choose(short.values(), source)
+    name_map = name_map or maps.choose(short.values(), source, backbone)
     ignored = _ignored(short, ignore, name_map)
     fills, unknown = _targets(contents.tensors, short, ignored, name_map, source)
     rules, kept = _fresh(fresh, fills, leaves)
@@ -114,6 +129,7 @@ def fill(
     _check_arrays(fills, leaves, source)
     filled = {path: _copied(one, leaves[path], path, source) for path, one in fills.items()}
     changed = [path for path, one in fills.items() if one.tensor.dtype != leaves[path].dtype]
+    fitted = [path for path, one in fills.items() if one.fit and _shape(one) != leaves[path].shape]
     account = Account(
         source=source,
         origin=name_map.origin,
@@ -122,7 +138,10 @@ def fill(
         ignored=ignored,
         fresh=kept,
         cast={path: f'{fills[path].tensor.dtype} to {leaves[path].dtype}' for path in changed},
-        size=sum(math.prod(one.tensor.shape) * one.tensor.dtype.itemsize for one in fills.values()),
+        fitted={path: f'{fills[path].fit.what} from {list(_shape(fills[path]))}' for path in fitted},
+        size=sum(
+            math.prod(t.shape) * t.dtype.itemsize for t in {one.name: one.tensor for one in fills.values()}.values()
+        ),
         notes=contents.notes + ((f"names without their '{prefix}'",) if prefix else ()),
     )
     return unflatten({path: filled.get(path, leaf) for path, leaf in leaves.items()}), account
@@ -136,6 +155,9 @@ def _ignored(short: Mapping[str, str], ignore: Sequence[str], name_map: NameMap)
         for regex, why in name_map.ignored:
             if name not in ignored and re.fullmatch(regex, short[name]):
                 ignored[name] = f'{regex} ({why})'
+        found = names.target(name_map, short[name])
+        if name not in ignored and found and not found.paths:
+            ignored[name] = 'the name map (parts that this network is without)'
     return ignored
 
 
@@ -151,10 +173,11 @@ def _targets(
         target = names.target(name_map, short[name])
         if target is None:
             unknown.append(name)
-        elif target.path in fills:
-            raise UserError(f'{source}: {listed([fills[target.path].name, name])} are both {target.path!r}; ignore one')
-        else:
-            fills[target.path] = _Fill(name, tensor, target)
+            continue
+        for part, path in enumerate(target.paths):
+            if path in fills:
+                raise UserError(f'{source}: {listed([fills[path].name, name])} are both {path!r}; ignore one')
+            fills[path] = _Fill(name, tensor, target, part, names.fit(name_map, path))
     return fills, unknown
 
 
@@ -222,32 +245,36 @@ def _check_arrays(fills: Mapping[str, _Fill], leaves: Mapping[str, Any], source:
                 f'{source}: {one.name!r:.80} is {one.tensor.dtype}, and {_named(path)} takes floats only; '
                 'convert it, or name it in ignore and the leaf in fresh'
             )
-    wrong = [path for path, one in fills.items() if _shape(one) != leaves[path].shape]
+    wrong = [path for path, one in fills.items() if _shape(one, leaves[path].shape) != leaves[path].shape]
     if wrong:
-        path = wrong[0]
-        more = f', and {len(wrong) - 1} more leaves' if len(wrong) > 1 else ''
-        raise UserError(
-            f'{source}: {fills[path].name!r:.80} {fills[path].tensor.shape} does not fit {_named(path)} '
-            f'{leaves[path].shape}{more}; is it the right model? Otherwise name them in fresh'
+        shown = '; '.join(
+            f'{fills[path].name!r:.80} {fills[path].tensor.shape} does not fit {_named(path)} {leaves[path].shape}'
+            for path in wrong[:10]
         )
+        more = f'; and {len(wrong) - 10} more leaves' if len(wrong) > 10 else ''
+        raise UserError(f'{source}: {shown}{more}; is it the right model? Otherwise name them in fresh')
 
 
-def _shape(one: _Fill) -> tuple[int, ...]:
-    """The tensor's shape in our layout, found on an array of that shape that has no memory; its own if that fails."""
+def _shape(one: _Fill, wanted: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The tensor's shape in our layout, fitted if `wanted` is given; its own if it cannot be read so.
+
+    Found on an array of that shape that has no memory of its own.
+    """
+    one = one._replace(fit=None) if wanted is None else one
     try:
-        return one.target.transform(np.broadcast_to(np.zeros((), one.tensor.dtype), one.tensor.shape)).shape
-    except ValueError:  # Another rank than the layout has, or sizes beyond what numpy can count.
+        return one.view(np.broadcast_to(np.zeros((), one.tensor.dtype), one.tensor.shape), wanted or ()).shape
+    except (ValueError, IndexError):  # Another rank than the layout has, or sizes beyond what numpy can count.
         return one.tensor.shape
 
 
 def _copied(one: _Fill, leaf: Any, path: str, source: str) -> jax.Array:
     """The tensor in our layout and the leaf's dtype, in memory of its own."""
     with np.errstate(over='ignore', invalid='ignore'):  # What overflows is infinite, and refused below.
-        values = np.array(one.target.transform(one.tensor.array()), dtype=leaf.dtype, order='C')
+        values = np.array(one.view(one.tensor.array(), leaf.shape), dtype=leaf.dtype, order='C')
     if not np.isfinite(values).all():
         kind = 'NaN' if np.isnan(values).any() else 'infinite'
         raise UserError(f'{source}: {one.name!r:.80}, for {path}, has values that are {kind}; the file is damaged')
-    return jnp.asarray(values)
+    return jax.device_put(values)  # takes the array as it is where `jnp.asarray` would copy it once more
 
 
 def _by_rule(rules: Mapping[str, str], noun: str) -> str:

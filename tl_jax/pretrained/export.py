@@ -1,0 +1,71 @@
+"""Back to where the weights came from: our variables as a safetensors file under an origin's names."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from tl_jax.errors import UserError
+from tl_jax.pretrained import maps, names
+from tl_jax.pretrained.names import NameMap
+from tl_jax.pretrained.safetensors_file import save_tensors
+from tl_jax.pretrained.tensors import listed
+from tl_jax.trees import flatten
+
+
+def export_pretrained(
+    path: str | os.PathLike,
+    variables: Mapping[str, Any],
+    backbone: nn.Module,
+    origin: str,
+    *,
+    dtype: Any = None,
+    metadata: Mapping[str, Any] = {},
+) -> list[str]:
+    """Writes a backbone, and its head if there is one, so that the origin's own library loads the file.
+
+    Args:
+      path: ends in `.safetensors`; written at once or not at all.
+      variables: `{'params': {'backbone': …, 'head': …}, 'batch_stats': …}`.
+      backbone: the module of that role.
+      origin: whose names to write: 'torchvision', 'timm', 'transformers', …, `maps.family_of(backbone).origins`.
+      dtype: of floating tensors in the file; each leaf's own unless given.
+      metadata: strings for the header.
+
+    Returns:
+      The names written.
+
+    Raises:
+      UserError: the family has no such origin, or the origin no place for a leaf.
+    """
+    tensors = foreign_tensors(flatten(variables), maps.name_map(origin, backbone))
+    if dtype is not None:
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    save_tensors(path, tensors, {'format': 'pt'} | dict(metadata))
+    return list(tensors)
+
+
+def foreign_tensors(leaves: Mapping[str, Any], name_map: NameMap) -> dict[str, np.ndarray]:
+    """Returns `{their name: tensor in their layout}` of flat variables `{path: leaf}`; errors as `export_pretrained`."""
+    tensors: dict[str, np.ndarray] = {}
+    homeless = []
+    for path in leaves:
+        try:
+            found = names.foreign(name_map, path)
+        except KeyError:
+            raise UserError(
+                f'origin: {name_map.origin!r} names cannot be written, only read; export to another'
+            ) from None
+        if found is None or any(each not in leaves for each in found[1].paths):
+            homeless.append(path)
+        elif found[0] not in tensors:
+            name, (paths, layout) = found
+            tensors[name] = layout.write(*(np.asarray(leaves[each]) for each in paths))
+    if homeless:
+        raise UserError(
+            f'origin: {name_map.origin!r} has no place for {len(homeless)} leaves: {listed(homeless)}; export what it '
+            "knows, or choose 'tl_jax'"
+        )
+    return tensors
