@@ -1,4 +1,4 @@
-"""CLIP and SigLIP by shape: endpoints, sizes, layer order; which position a text's vector is of; one file, three models."""
+"""CLIP and SigLIP by shape: endpoints, sizes, layer order; where a text's vector is from; one file, three models."""
 
 import re
 

@@ -1,6 +1,7 @@
 """CLIP and SigLIP: both towers and each alone, from files that hold both; OpenAI's names and Hugging Face's.
 
-OpenAI's package is not to be had from a registry; `openai_clip` states its network by the paper and the names of its files.
+OpenAI's own package is not among what `make parity` installs: `openai_clip` builds the paper's network from torch's
+modules, under the names of OpenAI's files.
 """
 
 import functools
@@ -330,13 +331,14 @@ _FULL = (
 
 
 def _sizes():
-    """Each tower beside the whole model, all of whose names are one tower's or the other's but the temperature."""
+    """Each tower, and both, beside the whole model."""
     image, tokens = np.zeros((1, 224, 224, 3), np.float32), np.zeros((1, 8), np.int32)
     for kind, size, *shape in _FULL:
         patch = f'{size}_patch{shape[-2]}'
         for name, inputs, absent in (
             (f'{kind}_vision_{patch}', image, _NO_TEXT),
             (f'{kind}_text_{size}', tokens, _NO_IMAGE),
+            (f'{kind}_{patch}', {'image': image, 'tokens': tokens}, ()),
         ):
             build = functools.partial(full, kind, *shape)
             yield name, None, {}, 'transformers', build, inputs, absent

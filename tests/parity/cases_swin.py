@@ -1,4 +1,4 @@
-"""Swin transformers of timm, torchvision and Hugging Face: windows that fill the map, leave a rest, or are larger than it."""
+"""Swin transformers of timm, torchvision and Hugging Face: windows that fill the map, leave a rest, or exceed it."""
 
 from collections.abc import Sequence
 

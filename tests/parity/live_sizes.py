@@ -33,7 +33,7 @@ def test_names_and_shapes(size):
         theirs = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
     theirs = {n: s for n, s in theirs.items() if not any(re.fullmatch(regex, n) for regex in absent)}
     module = create_model(model, num_classes=num_classes, **fields)
-    leaves = flatten(jax.eval_shape(module.init, jax.random.key(0), jnp.asarray(inputs)))
+    leaves = flatten(jax.eval_shape(module.init, jax.random.key(0), jax.tree.map(jnp.asarray, inputs)))
     # Arrays of the right shape that take no memory.
     blank = {path: np.broadcast_to(np.zeros((), np.bool_), leaf.shape) for path, leaf in leaves.items()}
     ours = {n: t.shape for n, t in foreign_tensors(blank, maps.name_map(origin, module.backbone)).items()}

@@ -1,18 +1,20 @@
-"""Two towers, of images and of texts: CLIP (Radford et al. 2021, arXiv:2103.00020), SigLIP (Zhai et al. 2023, arXiv:2303.15343).
+"""Two towers, of images and of texts: CLIP (Radford et al. 2021, arXiv:2103.00020) and SigLIP.
 
-`ImageTower` and `TextTower` are backbones of their own, for zero-shot classification, LiT, or a classifier on top; `Clip` is
-both and the temperature, and compares each image with each text.
+SigLIP is Zhai et al. 2023 (arXiv:2303.15343). `ImageTower` and `TextTower` are backbones of their own, for zero-shot
+classification, LiT, or a classifier on top; `Clip` is both and the temperature, and compares each image with each text.
 
-Texts: tokens int32 [batch, length], or `{'tokens', 'mask'}`, mask bool [batch, length], true for what may be looked at; all
-of it unless given, as both were trained. CLIP's vector is that of the end of text, wherever it stands; SigLIP's that of the
-last position, so its texts are padded to `length`.
+Texts: tokens int32 [batch, length], or `{'tokens', 'mask'}`, mask bool [batch, length], true for what may be seen; all
+of it unless given, as both were trained. CLIP's vector is that of the end of text, wherever it stands; SigLIP's that
+of the last position, so its texts are padded to `length`.
 
-Endpoints of a tower: `embedding`, `block1`, … and `encoded` [batch, tokens, width] (CLIP's images have no `encoded`: their
-final norm is of the pooled token), and `features` [batch, dim] float32, not of unit length. `Clip` has both towers' by the
-prefixes `image_` and `text_`, where `image_features` and `text_features` are unit vectors, `logits_per_image`
-[images, texts], and `features`, the image tower's. Modules: `encoder` (a `VisionTransformer`) and `projection` of an image
-tower; `token`, `block{i}/{norm1,attention,norm2,mlp}`, `norm`, `projection` and the parameter `position` of a text tower;
-`image`, `text`, and the parameters `log_scale` and, of SigLIP, `bias` of both.
+Endpoints of a tower: `embedding`, `block1`, … and `encoded` [batch, tokens, width] (CLIP's images have no `encoded`:
+their final norm is of the pooled token), and `features` [batch, dim] float32, not of unit length. `Clip` has both
+towers' by the prefixes `image_` and `text_`, where `image_features` and `text_features` are unit vectors,
+`logits_per_image` [images, texts], and `features`, the image tower's.
+
+Modules: `encoder` (a `VisionTransformer`) and `projection` of an image tower; `token`,
+`block{i}/{norm1,attention,norm2,mlp}`, `norm`, `projection` and the parameter `position` of a text tower; `image`,
+`text`, and the parameters `log_scale` and, of SigLIP, `bias` of both.
 """
 
 import functools
@@ -117,7 +119,7 @@ class TextTower(nn.Module):
     """Pre-norm transformer blocks over tokens, one of them projected.
 
     Attributes:
-      kind: 'clip' looks back only and takes the end of text; 'siglip' looks both ways and takes the last position, and its
+      kind: 'clip' looks back only and takes the end of text; 'siglip' looks both ways, takes the last position, and its
         projection has a bias.
       vocabulary: number of ids.
       length: the most tokens that a text may have.
@@ -128,7 +130,7 @@ class TextTower(nn.Module):
       activation: of the MLP, by `kind` unless given.
       epsilon: of the norms, by `kind` unless given.
       projection: width of the features; None for those of the transformer.
-      eot: of 'clip', the id that ends a text; None for the highest id in the text, which it is in CLIP's own vocabulary.
+      eot: of 'clip', the id that ends a text; None for the text's highest id, as which CLIP's own vocabulary has it.
       dropout: of embeddings and branches.
       dtype: of the computation.
     """
@@ -240,7 +242,7 @@ class Clip(nn.Module):
         super().__post_init__()
         if self.kind == 'siglip' and self.projection != self.image_width:
             raise UserError(
-                f'model.projection: {self.projection}, and the images of SigLIP have the width {self.image_width}; make '
+                f'model.projection: {self.projection}, and images of SigLIP have the width {self.image_width}; make '
                 'model.projection and model.image_width equal'
             )
         for which in ('image', 'text'):
@@ -261,7 +263,7 @@ class Clip(nn.Module):
 
     @property
     def layer_order(self) -> tuple[str, ...]:
-        """Regexes of leaf paths from input to output; layers as far from the output in one tower as in the other are one."""
+        """Regexes of leaf paths from input to output; layers as far from the output in either tower are one."""
         towers = [
             [f'{which}/({layer})' for layer in reversed(self.tower(which, parent=None).layer_order)]
             for which in ('image', 'text')

@@ -1,8 +1,10 @@
-"""Swin transformers: attention within windows, shifted by half a window in every other block (Liu et al. 2021, arXiv:2103.14030).
+"""Swin transformers: attention within windows, shifted by half a window in every other block.
 
-Endpoints: `stem`, `stage1`, `stage2`, … [batch, rows, columns, channels], and `features` [batch, channels], the mean over
-positions of the last stage, normalised. Modules: `stem`, `stem_norm`, `stage{i}/merge/{norm,reduce}` from the second stage
-on, `stage{i}/block{j}/{norm1,attention,norm2,mlp}` with the parameter `relative_position`, and `norm`.
+Liu et al. 2021 (arXiv:2103.14030).
+
+Endpoints: `stem`, `stage1`, `stage2`, … [batch, rows, columns, channels], and `features` [batch, channels], the mean
+over positions of the last stage, normalised. Modules: `stem`, `stem_norm`, `stage{i}/merge/{norm,reduce}` from the
+second stage on, `stage{i}/block{j}/{norm1,attention,norm2,mlp}` with the parameter `relative_position`, and `norm`.
 
 Images of any size will do: maps are padded with zeros to whole windows, whose tokens take part in attention.
 """
@@ -54,12 +56,12 @@ class Swin(nn.Module):
         for name, given in (('heads', self.heads), ('window', self.windows)):
             if len(given) != len(self.depths):
                 raise UserError(
-                    f'model.{name}: {len(given)} numbers for {len(self.depths)} stages; give as many as model.depths has'
+                    f'model.{name}: {len(given)} numbers for {len(self.depths)} stages; give as many as model.depths'
                 )
         for i, heads in enumerate(self.heads):
             if self.width * 2**i % heads:
                 raise UserError(
-                    f'model.heads: {heads} does not divide {self.width * 2**i}, the width of stage {i + 1}; choose a divisor'
+                    f'model.heads: {heads} does not divide the {self.width * 2**i} of stage {i + 1}; choose a divisor'
                 )
         if min(self.windows) < 1:
             raise UserError(f'model.window: {self.window} is no side of a window; give at least 1')
@@ -177,7 +179,7 @@ class Block(nn.Module):
 
 
 def relative_position_index(window: int) -> Int[np.ndarray, 'tokens tokens']:
-    """The row of the table that belongs to each pair of a window's tokens: their distance in rows and then in columns."""
+    """The row of the table for each pair of a window's tokens: by their distance in rows and then in columns."""
     place = np.indices((window, window)).reshape(2, -1)
     distance = place[:, :, None] - place[:, None, :] + window - 1
     return distance[0] * (2 * window - 1) + distance[1]

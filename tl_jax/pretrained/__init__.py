@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from tl_jax import models
@@ -257,8 +258,9 @@ def _classes(opened: _Opened, backbone: nn.Module) -> int | None:
     name_map = maps.choose(short.values(), opened.source, backbone)
     for name, tensor in opened.contents.tensors.items():
         found = names.target(name_map, short[name])
-        if found and found.paths == ('params/head/bias',) and len(tensor.shape) == 1:
-            return tensor.shape[0]
+        if found and found.paths == ('params/head/kernel',):
+            # The last axis of our layout, found on an array that has no memory of its own.
+            return found.layout.read(np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)).shape[-1]
     return None
 
 

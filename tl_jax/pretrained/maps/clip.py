@@ -260,8 +260,8 @@ def _clip_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ('activation', 'epsilon'):
         if towers['image'][name] != towers['text'][name]:
             raise UserError(
-                f'config.json: {name} is {towers["image"][name]!r} of images and {towers["text"][name]!r} of texts; load '
-                'the two towers by themselves'
+                f'config.json: {name} is {towers["image"][name]!r} of images, {towers["text"][name]!r} of texts; load '
+                'each tower by itself'
             )
     own = ('width', 'depth', 'heads', 'mlp_width')
     fields = {f'{which}_{name}': tower[name] for which, tower in towers.items() for name in own}
