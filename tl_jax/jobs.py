@@ -57,6 +57,7 @@ def run_eval(flags: Flags, assignments: Sequence[str]) -> None:
 
 def run_predict(flags: Flags, assignments: Sequence[str]) -> None:
     """Writes a csv with a row for each image: file, predicted class, and each class's probability."""
+    _refuse_assignments(assignments, 'predict')
     workdir = _workdir(flags)
     if 'files' not in flags:
         raise UserError("--files: name the images, such as --files='photos/*.jpg'")
@@ -84,8 +85,9 @@ def run_export(flags: Flags, assignments: Sequence[str]) -> None:
         raise UserError(
             '--origin, --output: say whose names to write, such as --origin=timm --output=model.safetensors'
         )
+    _refuse_assignments(assignments, 'export')
     module, variables = network(workdir)
-    names = pretrained.export_pretrained(flags['output'], variables, module.backbone, flags['origin'])
+    names = pretrained.export_pretrained(flags['output'], variables, module, flags['origin'])
     say(f'{len(names)} tensors under the names of {flags["origin"]}: {flags["output"]}')
 
 
@@ -123,6 +125,11 @@ JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
     'sweep': run_sweep,
     'export': run_export,
 }
+
+
+def _refuse_assignments(assignments: Sequence[str], mode: str) -> None:
+    if assignments:
+        raise UserError(f'--config.{assignments[0]}: --mode={mode} uses the finished run as it is; leave it out')
 
 
 def _workdir(flags: Flags) -> Path:

@@ -56,7 +56,7 @@ def test_greedy_generation(name, eos, tmp_path):
     module, variables, build = created(name)
     tokens, mask = prompts()
     reference = build().eval()
-    export_pretrained(tmp_path / 'weights.safetensors', variables, module.backbone, 'transformers')
+    export_pretrained(tmp_path / 'weights.safetensors', variables, module, 'transformers')
     outcome = reference.load_state_dict(safetensors.torch.load_file(tmp_path / 'weights.safetensors'), strict=False)
     assert not outcome.unexpected_keys
     if eos:
@@ -97,7 +97,7 @@ def test_left_padding(kind, tmp_path):
     case = case._replace(inputs=cases_gpt2.padded('left'))
     module, variables, inputs = harness.created(case)
     reference = case.reference().eval()
-    export_pretrained(tmp_path / 'weights.safetensors', variables, module.backbone, 'transformers')
+    export_pretrained(tmp_path / 'weights.safetensors', variables, module, 'transformers')
     reference.load_state_dict(safetensors.torch.load_file(tmp_path / 'weights.safetensors'), strict=False)
     with torch.no_grad():
         theirs = case.outputs(reference, case.torch_inputs(inputs))

@@ -66,7 +66,7 @@ def test_parity(case, tmp_path):
 def given(case, module, variables, path):
     """The reference with our weights, through a file that we exported, every tensor of its state accounted for."""
     reference = case.reference()
-    export_pretrained(path, variables, module.backbone, case.origin)
+    export_pretrained(path, variables, module, case.origin)
     outcome = reference.load_state_dict(safetensors.torch.load_file(path), strict=False)
     assert not outcome.unexpected_keys, outcome.unexpected_keys[:10]
     allowed = (*case.absent, r'(.*\.)?num_batches_tracked')

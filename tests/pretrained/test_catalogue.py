@@ -60,7 +60,7 @@ def test_sizes_beside_the_weights(checkpoint, monkeypatch):
     (family,) = (f for f in maps.FAMILIES if f.module.__name__ == 'ResNet')
     stated = family._replace(fields=lambda config: {'stem': config['stem'], 'stem_width': config['width']})
     monkeypatch.setattr(maps, 'FAMILIES', (stated,))
-    (checkpoint / 'config.json').write_text(json.dumps({'stem': 'small', 'width': 16}))
+    (checkpoint / 'config.json').write_text(json.dumps({'architecture': 'some', 'stem': 'small', 'width': 16}))
     source = str(checkpoint / 'model.safetensors')
     assert pretrained.resolved({'name': 'resnet18', 'source': source, 'stem_width': 2}) == {
         'name': 'resnet18',
@@ -69,8 +69,45 @@ def test_sizes_beside_the_weights(checkpoint, monkeypatch):
         'stem_width': 2,
     }
     (checkpoint / 'config.json').write_text('{"stem"')
-    with pytest.raises(UserError, match=r'config\.json: not a JSON file'):
+    with pytest.raises(UserError, match=r'config\.json: a damaged description'):
         pretrained.resolved({'name': 'resnet18', 'source': source})
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['{"architecture": "x", "architecture": "y"}', '[' * 100_000, '3', '{"architecture": "some", "width": 1}', '\xff'],
+)
+def test_refuses_a_damaged_description(text, checkpoint, monkeypatch):
+    (family,) = (f for f in maps.FAMILIES if f.module.__name__ == 'ResNet')
+    monkeypatch.setattr(maps, 'FAMILIES', (family._replace(fields=lambda config: {'stem': config['stem']}),))
+    (checkpoint / 'config.json').write_text(text, 'latin-1')
+    with pytest.raises(UserError, match=r'config\.json: a damaged description of a network'):
+        pretrained.resolved({'name': 'resnet18', 'source': str(checkpoint / 'model.safetensors')})
+
+
+def test_refuses_the_description_of_another_network(checkpoint, monkeypatch):
+    """Its tensors may fit, and its function be another: other norms, other pooling."""
+    (family,) = (f for f in maps.FAMILIES if f.module.__name__ == 'ResNet')
+    monkeypatch.setattr(maps, 'FAMILIES', (family._replace(fields=lambda config: None),))
+    (checkpoint / 'config.json').write_text('{"architecture": "resnetblur50"}')
+    with pytest.raises(UserError, match=r"describes 'resnetblur50', which 'resnet18' \(ResNet\) is not"):
+        pretrained.resolved({'name': 'resnet18', 'source': str(checkpoint / 'model.safetensors')})
+    (checkpoint / 'config.json').write_text('{"seed": 0}')  # a run's own
+    assert 'seed' not in pretrained.resolved({'name': 'resnet18', 'source': str(checkpoint / 'model.safetensors')})
+
+
+@pytest.mark.parametrize(
+    'section, message',
+    [
+        ({'name': 3}, 'model.name: must be a string, not 3'),
+        ({'source': 'x'}, 'model.name: is missing'),
+        ({'name': None}, 'model.name: is missing'),
+        ({'name': 'resnet18', 'source': 3}, 'model.source: must be a string, not 3'),
+    ],
+)
+def test_refuses_a_section_that_names_nothing(section, message):
+    with pytest.raises(UserError, match=message):
+        pretrained.resolved(section)
 
 
 def test_an_unknown_checkpoint(checkpoint):

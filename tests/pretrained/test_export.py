@@ -22,7 +22,7 @@ def variables():
 
 def test_comes_back_as_it_left(variables, tmp_path):
     path = tmp_path / 'net.safetensors'
-    written = export_pretrained(path, variables, MODULE.backbone, 'torchvision', metadata={'from': 'a run'})
+    written = export_pretrained(path, variables, MODULE, 'torchvision', metadata={'from': 'a run'})
     stored = safetensors.numpy.load_file(path)
     assert stored.keys() == set(written) and 'layer2.0.downsample.1.running_var' in stored
     kernel = variables['params']['backbone']['stem']['conv']['kernel']
@@ -34,14 +34,14 @@ def test_comes_back_as_it_left(variables, tmp_path):
 
 def test_other_dtypes(variables, tmp_path):
     path = tmp_path / 'net.safetensors'
-    export_pretrained(path, variables, MODULE.backbone, 'torchvision', dtype=np.float16)
+    export_pretrained(path, variables, MODULE, 'torchvision', dtype=np.float16)
     stored = safetensors.numpy.load_file(path)
     assert {tensor.dtype for tensor in stored.values()} == {np.dtype(np.float16)}
 
 
 def test_the_backbone_alone(variables, tmp_path):
     backbone = {collection: {'backbone': tree['backbone']} for collection, tree in variables.items()}
-    written = export_pretrained(tmp_path / 'net.safetensors', backbone, MODULE.backbone, 'torchvision')
+    written = export_pretrained(tmp_path / 'net.safetensors', backbone, MODULE, 'torchvision')
     assert not any(name.startswith('fc') for name in written)
 
 
@@ -49,11 +49,18 @@ def test_refuses_what_the_origin_has_no_place_for(variables, tmp_path):
     more = {**variables, 'params': {**variables['params'], 'discriminator': {'kernel': np.zeros((2, 2))}}}
     path = tmp_path / 'net.safetensors'
     with pytest.raises(UserError, match="'torchvision' has no place for 1 leaves: 'params/discriminator/kernel'"):
-        export_pretrained(path, more, MODULE.backbone, 'torchvision')
+        export_pretrained(path, more, MODULE, 'torchvision')
     with pytest.raises(UserError, match="there is no 'tim' of a ResNet"):
-        export_pretrained(path, variables, MODULE.backbone, 'tim')
+        export_pretrained(path, variables, MODULE, 'tim')
+    with pytest.raises(UserError, match='dtype: must be a floating type, not int8'):
+        export_pretrained(path, variables, MODULE, 'torchvision', dtype='int8')
+    with pytest.raises(UserError, match='there is no folder'):
+        export_pretrained(tmp_path / 'no' / 'net.safetensors', variables, MODULE, 'torchvision')
+    cosine = create_model('resnet18', num_classes=3, head=dict(name='cosine', learn_scale=False), **FIELDS)
+    with pytest.raises(UserError, match="'torchvision' has linear heads, and this is Cosine"):
+        export_pretrained(path, variables, cosine, 'torchvision')
     with pytest.raises(UserError, match='the suffix'):
-        export_pretrained(path.with_suffix('.bin'), variables, MODULE.backbone, 'torchvision')
+        export_pretrained(path.with_suffix('.bin'), variables, MODULE, 'torchvision')
     assert not list(tmp_path.iterdir())
 
 

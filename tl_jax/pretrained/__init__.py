@@ -1,7 +1,7 @@
 """Pretrained weights: any supported file into our variables, with every tensor and every leaf accounted for."""
 
+import contextlib
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from tl_jax.pretrained import (
     orbax_folder,
     safetensors_file,
     sharded,
+    strict_json,
     tfjs_file,
     tflite_file,
     torch_file,
@@ -50,6 +51,7 @@ __all__ = [
     'save_variables',
 ]
 
+MAX_CONFIG_BYTES = 10_000_000
 # By the end of the name; an Orbax checkpoint is a folder, and needs none.
 READERS = {
     '.safetensors': safetensors_file.read,
@@ -223,7 +225,12 @@ def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
       UserError: no such checkpoint, or `config.json` is damaged or asks for what the family cannot express.
     """
     fields = dict(section)
-    name = fields.get('name', '')
+    for field, kinds in (('name', str), ('source', str | os.PathLike)):
+        if fields.get(field) is not None and not isinstance(fields[field], kinds):
+            raise UserError(f'model.{field}: must be a string, not {fields[field]!r}')
+    name = fields.get('name')
+    if name is None:
+        raise UserError("model.name: is missing; name an architecture or a checkpoint, such as name='resnet18'")
     if name in maps.CATALOGUE:
         entry = maps.CATALOGUE[name]
         fields = {'source': entry.source, **entry.fields, **fields, 'name': entry.model}
@@ -241,10 +248,20 @@ def _stated_fields(name: str, source: str | os.PathLike) -> dict[str, Any]:
     if family is None or not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: not a JSON file ({error}); fetch it again') from None
-    return family.fields(config) if isinstance(config, dict) else {}
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f'{path}: has {path.stat().st_size:,} bytes, more than any network needs to be described')
+        config = strict_json.parse(path.read_bytes())
+        # Hugging Face's files say what they describe; others, such as a run's own, are none of ours.
+        stated = [config[key] for key in ('model_type', 'architecture') if key in config]
+        fields = family.fields(config) if stated else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f'{path}: a damaged description of a network ({error!r:.200}); fetch it again') from None
+    if fields is None:
+        raise UserError(
+            f"{path}: describes {stated[0]!r:.80}, which '{name}' ({family.module.__name__}) is not and would not compute; "
+            'choose its own model, or put the weights where that file is not'
+        )
+    return fields
 
 
 def list_pretrained(pattern: str = '*') -> list[str]:
@@ -260,7 +277,8 @@ def _classes(opened: _Opened, backbone: nn.Module) -> int | None:
         found = names.target(name_map, short[name])
         if found and found.paths == ('params/head/kernel',):
             # The last axis of our layout, found on an array that has no memory of its own.
-            return found.layout.read(np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)).shape[-1]
+            with contextlib.suppress(ValueError):  # of a tensor that is no such kernel, which the account will refuse
+                return found.layout.read(np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)).shape[-1]
     return None
 
 

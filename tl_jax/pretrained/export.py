@@ -4,10 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from tl_jax.errors import UserError
+from tl_jax.models import Classifier, heads
 from tl_jax.pretrained import maps, names
 from tl_jax.pretrained.names import NameMap
 from tl_jax.pretrained.safetensors_file import save_tensors
@@ -18,29 +19,40 @@ from tl_jax.trees import flatten
 def export_pretrained(
     path: str | os.PathLike,
     variables: Mapping[str, Any],
-    backbone: nn.Module,
+    module: Classifier,
     origin: str,
     *,
     dtype: Any = None,
     metadata: Mapping[str, Any] = {},
 ) -> list[str]:
-    """Writes a backbone, and its head if there is one, so that the origin's own library loads the file.
+    """Writes a network so that the origin's own library loads the file.
 
     Args:
       path: ends in `.safetensors`; written at once or not at all.
       variables: `{'params': {'backbone': …, 'head': …}, 'batch_stats': …}`.
-      backbone: the module of that role.
-      origin: whose names to write: 'torchvision', 'timm', 'transformers', …, `maps.family_of(backbone).origins`.
-      dtype: of floating tensors in the file; each leaf's own unless given.
+      module: the network, as `create_model` gives it.
+      origin: whose names to write: 'torchvision', 'timm', 'transformers', …, or 'tl_jax'.
+      dtype: a floating type for all tensors; each leaf's own unless given.
       metadata: strings for the header.
 
     Returns:
       The names written.
 
     Raises:
-      UserError: the family has no such origin, or the origin no place for a leaf.
+      UserError: the family has no such origin, or the origin no place for a leaf, or it would compute something else.
     """
-    tensors = foreign_tensors(flatten(variables), maps.name_map(origin, backbone))
+    if (
+        origin != 'tl_jax'
+        and 'head' in variables['params']
+        and not isinstance(module.head, heads.Linear | heads.Distilled)
+    ):
+        raise UserError(
+            f"origin: {origin!r} has linear heads, and this is {type(module.head).__name__}; export to 'tl_jax', or train a "
+            "head='linear'"
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f'dtype: must be a floating type, not {dtype}')
+    tensors = foreign_tensors(flatten(variables), maps.name_map(origin, module.backbone))
     if dtype is not None:
         tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     save_tensors(path, tensors, {'format': 'pt'} | dict(metadata))

@@ -1,12 +1,12 @@
 """`hf://org/repo[@revision][/file]`: files of the Hugging Face hub, through its cache, which also serves them offline."""
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+from absl import logging
 from huggingface_hub import constants, errors
 
 from tl_jax.errors import UserError
@@ -54,8 +54,13 @@ def fetch(source: str, weights: Sequence[str]) -> Path:
 def _fetch_config(place: Place, weights: Path, file: str, offline: bool) -> None:
     """Fetches the `config.json` beside the weights, if there is one: it states the network's sizes."""
     pinned = place._replace(revision=weights.parents[file.count('/')].name)
-    with contextlib.suppress(errors.EntryNotFoundError):
-        _download(pinned, file.removesuffix(weights.name) + 'config.json', offline)
+    name = file.removesuffix(weights.name) + 'config.json'
+    try:
+        _download(pinned, name, offline)
+    except errors.LocalEntryNotFoundError:
+        logging.warning('%s: no %s in the cache; the sizes are those of the architecture', place.source, name)
+    except errors.EntryNotFoundError:
+        pass  # the repository has none
 
 
 def _fetch_shards(place: Place, index: Path, file: str, offline: bool) -> None:

@@ -53,6 +53,8 @@ class Origin(NamedTuple):
       rules: backbone module -> rules; the first that matches counts, in either direction.
       ignored: `(regex, why)` of tensors that have no place in our model.
       prefix: before the backbone's names in files of whole models, and not in files of the bare one (`bert.`).
+      refuses: backbone module -> why the origin's network computes something else though its tensors have names there, such
+        as another pooling; '' where it does not. Asked before an export.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Origin(NamedTuple):
     rules: Callable[[nn.Module | None], Sequence[Rule]]
     ignored: tuple[tuple[str, str], ...] = ()
     prefix: str = ''
+    refuses: Callable[[nn.Module], str] = lambda backbone: ''
 
 
 class Fit(NamedTuple):
@@ -83,13 +86,14 @@ class Family(NamedTuple):
       module: class of the backbone.
       origins: the name maps, most likely first.
       fits: backbone module -> how leaves are filled from tensors of other shapes.
-      fields: `config.json` of Hugging Face -> fields of the module, {} if it is not of this family.
+      fields: `config.json` of Hugging Face (`model_type`) or timm (`architecture`) -> fields of the module; None if it
+        describes no network of this family.
     """
 
     module: type[nn.Module]
     origins: tuple[Origin, ...]
     fits: Callable[[nn.Module | None], Sequence[Fit]] = lambda backbone: ()
-    fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    fields: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda config: None
 
 
 class NameMap(NamedTuple):
@@ -238,7 +242,7 @@ def _pattern(template: str) -> re.Pattern:
     for hole in _HOLE.finditer(template):
         pattern += re.escape(template[literal : hole.start()])
         group = hole[1]
-        pattern += f'(?P={group})' if group in seen else f'(?P<{group}>{".+" if hole[2] == "*" else "[0-9]+"})'
+        pattern += f'(?P={group})' if group in seen else f'(?P<{group}>{".+" if hole[2] == "*" else "[0-9]{1,9}"})'
         seen.add(group)
         literal = hole.end()
     return re.compile(pattern + re.escape(template[literal:]))
