@@ -19,7 +19,7 @@ MODEL = dict(
     padding='same',
     source='../shared/weights/mobilenet_tflite/mobilenet_v2_1.0_224_quant.npz',
 )
-SCRATCH = dict(name='mobilenet_v2')
+SCRATCH = {field: value for field, value in MODEL.items() if field not in ('source', 'norm', 'padding')}
 DATA = dict(
     train='folder:runs/hymenoptera/train[:80%]',
     eval='folder:runs/hymenoptera/train[80%:]',
@@ -45,7 +45,7 @@ STRATEGIES = {
 
 def get_config(arg: str = 'lp_ft') -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
-    c.name = f'MobileNetV2 → photos, {arg}'
+    c.name = f'{MODEL["name"]} → photos, {arg}'
     c.model = SCRATCH if arg == 'scratch' else MODEL
     finish = ['to_float', dict(name='normalize', mean=MEAN, std=STD)]
     c.data = dict(

@@ -250,3 +250,10 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_statistics_in_fl
     )
     assert (half != full).any()
     np.testing.assert_allclose(half, full, rtol=0.1)
+
+
+@pytest.mark.parametrize('width', [1, 5, 1000])
+def test_refuses_another_number_of_logits_than_there_are_classes(width, digits_config):
+    config = digits_config(model={'name': 'convnet', 'widths': [4], 'num_classes': width})
+    with pytest.raises(UserError, match=rf'config.model.num_classes: {width}, and the data have 10 classes'):
+        build(resolve(config))

@@ -160,6 +160,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         )
     batch = {name: stream.batch_at(0) for name, stream in data.streams.items()}
     _check_width(config['model'], batch)
+    _check_classes(config['model'], stages[-1].objective, data)
     return Experiment(config, data, stages, batch)
 
 
@@ -215,6 +216,16 @@ def _check_width(model: Mapping[str, Any], batch: Mapping[str, Mapping[str, np.n
                 f"config.model.num_classes: {width}, and support_label of stream '{stream}' reaches {reached}; set it to the "
                 'number of ways'
             )
+
+
+def _check_classes(model: Mapping[str, Any], objective: Objective, data: Data) -> None:
+    """Refuses a classifier with another number of logits than the data have classes."""
+    width, classes = model.get('num_classes'), len(data.class_names)
+    if objective.figures is None and width and width != classes:
+        raise UserError(
+            f'config.model.num_classes: {width}, and the data have {classes} classes ({", ".join(data.class_names[:5])}…); '
+            'leave it out'
+        )
 
 
 def create_objective(

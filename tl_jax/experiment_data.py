@@ -46,7 +46,7 @@ def data_from(config: Mapping[str, Any]) -> Data:
     section = dict(config['data'])
     for field, transforms in (('train_transform', training_transforms), ('eval_transform', evaluation_transforms)):
         if section.get(field) == 'pretrained':
-            section[field] = transforms(_preprocessing(config['model'].get('name'), f'config.data.{field}'))
+            section[field] = transforms(_preprocessing(config['model'], f'config.data.{field}'))
     return call(
         open_data,
         section,
@@ -131,8 +131,9 @@ def open_data(
     return Data(streams, sources, held_out['eval'], held_out['test'], eval_transforms, batches, class_names, poisson)
 
 
-def _preprocessing(name: str | None, field: str) -> Preprocessing:
-    """Of the checkpoint that the main network is named after."""
+def _preprocessing(model: Mapping[str, Any], field: str) -> Preprocessing:
+    """Of the checkpoint that the main network is named after, at that network's `image_size` where it states one."""
+    name = model.get('name')
     entry = CATALOGUE.get(name)
     if entry is None or entry.preprocessing is None:
         known = [each for each, entry in CATALOGUE.items() if entry.preprocessing]
@@ -140,7 +141,7 @@ def _preprocessing(name: str | None, field: str) -> Preprocessing:
             f"{field}: 'pretrained' is the preprocessing of a catalogued checkpoint of images, and config.model.name is "
             f'{name!r}; {nearest(str(name), known)}'
         )
-    return entry.preprocessing
+    return entry.preprocessing._replace(size=model.get('image_size', entry.preprocessing.size))
 
 
 def _transforms(given: list | Mapping, names: Mapping[str, Any], field: str) -> dict[str, list]:

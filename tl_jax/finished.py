@@ -55,7 +55,7 @@ def trained(workdir: Path) -> Trained:
     def predict(variables, batch):
         return model.apply(variables, inputs_of(batch), train=False)
 
-    variables = model.init(jax.random.key(0), np.zeros((1, *shape), np.float32))
+    variables = model.init(jax.random.key(0), np.zeros((1, *shape), about.get('input_dtype', 'float32')))
     return Trained(predict, variables, names, shape, about['eval_transform'])
 
 

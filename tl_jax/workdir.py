@@ -157,15 +157,16 @@ def model_card(experiment: Any, objective: Any) -> dict[str, str]:
     judged = next(iter([*data.test, *data.eval, *data.streams]))
     # An episode's inputs stand one axis deeper, under the prefix of its part.
     plain = {'image', 'inputs', 'tokens'} & set(stream)
-    shape = inputs_of(stream).shape[1:] if plain else inputs_of(stream, 'support_').shape[2:]
+    inputs = inputs_of(stream) if plain else inputs_of(stream, 'support_')[0]
     return {
-        'image_shape': str(shape),
+        'image_shape': str(inputs.shape[1:]),
         'tl_jax': json.dumps(
             {
                 'model': fields,
                 'class_names': list(data.class_names),
                 'classification': objective.figures is None,
-                'input_shape': shape,
+                'input_shape': inputs.shape[1:],
+                'input_dtype': str(inputs.dtype),
                 'eval_transform': data.eval_transforms[judged],
                 'dtype': config['dtype'],
             }

@@ -164,6 +164,21 @@ def test_csv_and_jsonl_tables(tmp_path):
     assert open_source(f'csv:{csv}', label='label', inputs=['b']).get(0)['inputs'].tolist() == [2.5]
 
 
+def test_tables_of_texts(tmp_path):
+    table = tmp_path / 'reviews.tsv'
+    table.write_text('label\tsentence\ngood\tA "fine" film\nbad\tdull\n')
+    source = open_source(f'tsv:{table}', text='sentence', tokenizer='bytes', length=15)
+    assert source.class_names == ('bad', 'good') and source.length == 2
+    first = source.get(0)
+    assert first['label'] == 1 and first['tokens'].dtype == np.int32
+    assert bytes(int(t) - 1 for t in first['tokens'] if t).decode() == 'A "fine" film'
+    assert first['tokens'].shape == (15,)
+    with refuses(r"no column 'sentense'; .*'sentence'"):
+        open_source(f'tsv:{table}', text='sentense')
+    with refuses("tokenizer: there is no 'word'"):
+        open_source(f'tsv:{table}', text='sentence', tokenizer='word')
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [

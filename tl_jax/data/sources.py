@@ -1,7 +1,7 @@
 """`open_source`: from a spec string to a `Source`.
 
     KIND:PATH[SLICE]        sklearn:digits/train   folder:PATH   npz:FILE.npz/SPLIT   idx:DIR/SPLIT
-                            csv:FILE   jsonl:FILE   tfds:NAME/SPLIT
+                            csv:FILE   tsv:FILE   jsonl:FILE   tfds:NAME/SPLIT
 
 A slice, as in TFDS, takes part of any source: `[:80%]`, `[80%:]`, `[100:200]`. It cuts one fixed permutation
 of the examples, so that parts are disjoint, mix the classes, and are the same for everyone.
@@ -42,6 +42,7 @@ KINDS: dict[str, Callable[..., Source]] = {
     'npz': open_npz,
     'idx': open_idx,
     'csv': open_table,
+    'tsv': open_table,
     'jsonl': open_table,
     'svmlight': open_svmlight,
     'tfds': open_tfds,

@@ -1,14 +1,16 @@
-"""Tables: csv and jsonl files of features, or of paths of images, with a label column."""
+"""Tables: csv, tsv and jsonl files of features, of texts or of paths of images, with a label column."""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tl_jax.data.base import MAX_BYTES, Source, check_size, existing, parse_labels
 from tl_jax.data.images import CACHE_BYTES, MAX_PIXELS, image_source
+from tl_jax.data.text import make_tokenizer
 from tl_jax.errors import UserError, nearest
 
 
@@ -18,6 +20,9 @@ def open_table(
     label: str = 'label',
     inputs: Sequence[str] | None = None,
     image: str | None = None,
+    text: str | None = None,
+    tokenizer: str | Mapping[str, Any] = 'hashed',
+    length: int = 128,
     class_names: Sequence[str] | None = None,
     channels: int = 3,
     max_pixels: int = MAX_PIXELS,
@@ -25,21 +30,21 @@ def open_table(
     cache_bytes: int = CACHE_BYTES,
     max_bytes: int = MAX_BYTES,
 ) -> Source:
-    """`csv:PATH` (first line: the column names) or `jsonl:PATH` (one object a line).
+    """`csv:PATH` or `tsv:PATH` (first line: the column names) or `jsonl:PATH` (one object a line).
 
-    With `image`, that column holds paths relative to the table. Otherwise an example's `inputs` float32 [F]
-    are the columns `inputs`, by default all but `label`, in the file's order; in jsonl a column may hold a
-    list of numbers.
+    With `image`, that column holds paths relative to the table. With `text`, an example's `tokens` int32 [length] are
+    those that `tokenizer` (`tl_jax.data.text.make_tokenizer`) gives for that column. Otherwise its `inputs` float32 [F] are
+    the columns `inputs`, by default all but `label`, in the file's order; in jsonl a column may hold a list of numbers.
     """
-    kind = 'jsonl' if path.endswith(('.jsonl', '.ndjson')) else 'csv'
+    ends = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.tsv': 'tsv'}
+    kind = next((kind for end, kind in ends.items() if path.endswith(end)), 'csv')
     name = f'{kind}:{path}'
     file = existing(path, name)
     check_size(file.stat().st_size, name, max_bytes)
-    read = _read_jsonl if kind == 'jsonl' else _read_csv
-    columns, rows, lines = read(file)
+    columns, rows, lines = _read_jsonl(file) if kind == 'jsonl' else _read_csv(file, tabs=kind == 'tsv')
     if not rows:
         raise UserError(f'{file}: has no rows')
-    for column in [label, *([image] if image else inputs or ())]:
+    for column in [label, *([image or text] if image or text else inputs or ())]:
         if column not in columns:
             raise UserError(f'{file}: no column {column!r}; {nearest(column, columns)}')
 
@@ -59,17 +64,22 @@ def open_table(
             unreadable=unreadable,
             cache_bytes=cache_bytes,
         )
+    if text:
+        encode = make_tokenizer(tokenizer).encode
+        tokens = np.stack([encode(str(row[columns.index(text)]), length) for row in rows])
+        return Source(name, len(rows), lambda i: {'tokens': tokens[i], 'label': int(labels[i])}, labels, names)
     wanted = list(inputs) if inputs else [c for c in columns if c != label]
     features = _numbers(columns, rows, wanted, where)
     return Source(name, len(rows), lambda i: {'inputs': features[i], 'label': int(labels[i])}, labels, names)
 
 
-def _read_csv(file: Path) -> tuple[list[str], list[list], list[int]]:
+def _read_csv(file: Path, tabs: bool) -> tuple[list[str], list[list], list[int]]:
     """Column names, rows, and the line in the file where each row ends."""
     rows, lines = [], []
     try:
         with file.open(newline='', encoding='utf-8-sig') as stream:
-            reader = csv.reader(stream)
+            # Quotes in a table of tabs are part of the text.
+            reader = csv.reader(stream, 'excel-tab', quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
             columns = [column.strip() for column in next(reader, [])]
             for row in reader:
                 if not row:

@@ -234,8 +234,10 @@ def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
     if name in maps.CATALOGUE:
         entry = maps.CATALOGUE[name]
         fields = {'source': entry.source, **entry.fields, **fields, 'name': entry.model}
-    elif '/' in name:
-        raise UserError(f"model.name: no checkpoint '{name}' in the catalogue; {nearest(name, maps.CATALOGUE)}")
+    elif name not in models.MODELS and ('/' in name or '.' in name):
+        # A name without its organisation is nearest to itself with one.
+        known = [each for each in maps.CATALOGUE if each.endswith(f'/{name}')] or maps.CATALOGUE
+        raise UserError(f"model.name: no checkpoint '{name}' in the catalogue; {nearest(name, known)}")
     if fields.get('source'):
         fields = _stated_fields(fields['name'], fields['source']) | fields
     return fields
@@ -243,6 +245,8 @@ def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stated_fields(name: str, source: str | os.PathLike) -> dict[str, Any]:
     """The sizes of a network that the `config.json` beside its weights states, as fields of the model; {} without one."""
+    if not os.fspath(source).startswith(('hf://', 'shipped:')) and not Path(source).expanduser().exists():
+        return {}  # the load will say so; a config of weights that are yet to be made can still be built
     path = locate(source).parent / 'config.json'
     family = maps.family_of(models.create_model(name).backbone)
     if family is None or not path.is_file():

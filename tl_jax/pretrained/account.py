@@ -96,8 +96,8 @@ def fill(
 ) -> tuple[dict[str, Any], Account]:
     """Fills a model's variables from a file's tensors.
 
-    Where the file's head has another shape than the model's, or the model has none, the head is fresh and the file's is
-    ignored, by the rule `head/.*`, which the account shows.
+    Where the file's head has another shape than the model's, or one of the two has none, the head is fresh and the file's
+    is ignored, by the rule `head/.*`, which the account shows.
 
     Args:
       variables: `{'params': {role: …}, 'batch_stats': {role: …}}` of arrays or `jax.ShapeDtypeStruct`s.
@@ -200,10 +200,13 @@ def _named(path: str) -> str:
 
 
 def _head_conflict(fills: Mapping[str, _Fill], leaves: Mapping[str, Any], kept: Mapping[str, str]) -> str:
-    """Why the file's head cannot be the model's: another shape, or no head there; empty where it can."""
+    """Why the file's head cannot be the model's: another shape, or none there or here; empty where it can."""
     theirs = {path: one for path, one in fills.items() if re.fullmatch(HEAD, _named(path)) and path not in kept}
-    if theirs and not any(re.fullmatch(HEAD, _named(path)) for path in leaves):
+    ours = [path for path in leaves if re.fullmatch(HEAD, _named(path)) and path not in kept]
+    if theirs and not ours:
         return 'the model has no head'
+    if ours and not theirs:
+        return 'the file has no head'
     for path, one in theirs.items():
         if path in leaves and _shape(one) != leaves[path].shape:
             return f"the file's {_named(path)} is {_shape(one)}, the model's {leaves[path].shape}"
@@ -224,7 +227,7 @@ def _check_names(
         )
     if missing:
         complaints.append(
-            f'{len(missing)} leaves have no tensor in the file: {listed(missing)}; is it the right model? '
+            f'{len(missing)} leaves have no tensor in the file: {listed(map(_named, missing))}; is it the right model? '
             'Otherwise name them in fresh'
         )
     if complaints:
