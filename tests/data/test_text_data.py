@@ -52,10 +52,14 @@ def test_words_of_a_training_text(tmp_path):
 def test_tokenizer_refusals():
     with refuses("there is no 'byte'; did you mean 'bytes'"):
         make_tokenizer('byte')
-    with refuses("hashed has no option 'vocab'; did you mean 'vocabulary'"):
+    with refuses("tokenizer.vocab: unknown field; did you mean 'vocabulary'"):
         make_tokenizer(dict(name='hashed', vocab=3))
-    with refuses('words needs text'):
+    with refuses('tokenizer.text: is required'):
         make_tokenizer('words')
+    with refuses('tokenizer.vocabulary: must be int, not str'):
+        make_tokenizer(dict(name='hashed', vocabulary='many'))
+    with refuses('tokenizer: must be a name or a dict with one, not 3'):
+        make_tokenizer(3)
     with refuses('vocabulary=2 must be at least 3'):
         make_tokenizer(dict(name='hashed', vocabulary=2))
 

@@ -99,7 +99,7 @@ def test_arrays(wordpiece):
         '[CLS] cat cat cat cat [SEP]',
     ]
     assert inputs['mask'].sum(1).tolist() == [4, 6] and inputs['mask'].dtype == bool
-    assert inputs['tokens'].dtype == inputs['segments'].dtype == np.int32 and not inputs['segments'].any()
+    assert inputs['tokens'].dtype == np.int32 and inputs.keys() == {'tokens', 'mask'}
     none = open_tokenizer(wordpiece)([], 6)
     assert none['tokens'].shape == none['mask'].shape == (0, 6)
 
@@ -117,7 +117,7 @@ def test_byte_level(byte_level):
     inputs = tokenizer(['the', 'cat the'], 9, pairs=['cat', 'the'])
     assert named(inputs['tokens'][1], words) == '<s> cat Ġthe </s> </s> t h e </s>'
     assert named(inputs['tokens'][0], words) == '<s> t h e </s> </s> cat </s> <pad>'
-    assert tokenizer.pad_id == 1 and not inputs['segments'].any()
+    assert tokenizer.pad_id == 1 and 'segments' not in inputs
     assert tokenizer.encode('cat', 5).tolist() == [0, words.index('cat'), 2, 1, 1]
 
 
@@ -141,6 +141,21 @@ def test_tokenizer_json_as_it_is_but_for_its_length(wordpiece, tmp_path):
     assert read.pad_id == 4
     again = open_tokenizer(file, pad_token='[PAD]')
     np.testing.assert_array_equal(again(ODD, 40)['tokens'], open_tokenizer(wordpiece / 'vocab.txt')(ODD, 40)['tokens'])
+
+
+def test_texts_are_cut_where_the_files_say(wordpiece, tmp_path):
+    built = open_tokenizer(wordpiece)
+    built.tokenizer.enable_truncation(3, direction='left')
+    file = tmp_path / 'tokenizer.json'
+    built.tokenizer.save(str(file))
+    read = open_tokenizer(file)
+    read.split('the cat')  # which cuts nothing, and forgets nothing
+    assert named(read.encode('the cat sat', 4)) == '[CLS] cat sat [SEP]'
+    (tmp_path / 'tokenizer_config.json').write_text('{"truncation_side": "right"}')
+    assert named(open_tokenizer(file).encode('the cat sat', 4)) == '[CLS] the cat [SEP]'
+    (tmp_path / 'tokenizer_config.json').write_text('{"truncation_side": "middle"}')
+    with refuses("truncation_side is 'left' or 'right', not 'middle'"):
+        open_tokenizer(file)
 
 
 def test_as_a_data_set_names_it(wordpiece):
@@ -211,4 +226,5 @@ def test_as_transformers(kind, tmp_path):
             np.testing.assert_array_equal(got['tokens'], wanted['input_ids'])
             np.testing.assert_array_equal(got['mask'], wanted['attention_mask'])
             if 'token_type_ids' in wanted:
-                np.testing.assert_array_equal(got['segments'], wanted['token_type_ids'])
+                segments = got.get('segments', np.zeros_like(got['tokens']))
+                np.testing.assert_array_equal(segments, wanted['token_type_ids'])

@@ -1,4 +1,4 @@
-"""VGG, Inception v3, SqueezeNet and DenseNet: sizes, layer order, pooling, refusals. Values: tests/parity."""
+"""VGG, Inception v3, SqueezeNet and DenseNet: sizes, pooling, refusals. Values: tests/parity."""
 
 import re
 
@@ -12,7 +12,6 @@ from tl_jax.models import create_model, densenet, inception, squeezenet, vgg
 from tl_jax.models.layers import avg_pool
 from tl_jax.pretrained import export_pretrained, load_pretrained, maps, names, read
 from tl_jax.pretrained.account import fill
-from tl_jax.trees import flatten
 
 # torchvision's `num_params`, of 1000 classes; Inception's without the auxiliary head's 3,326,696. The larger DenseNets take
 # seconds each to trace; tests/parity/live_sizes.py compares all their shapes.
@@ -60,15 +59,11 @@ def test_every_model_is_counted_here():
 
 
 @pytest.mark.parametrize('name', PARAMETERS)
-def test_parameter_count_endpoints_and_layer_order(name):
-    model, variables, endpoints = published(name)
+def test_parameter_count_and_endpoints(name):
+    _, variables, endpoints = published(name)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == PARAMETERS[name]
     assert endpoints['logits'].shape == (2, 1000) and endpoints['features'].ndim == 2
     assert all(value.dtype == jnp.float32 for value in endpoints.values())
-    leaves = {path.partition('/backbone/')[2] for path in flatten(variables) if '/backbone/' in path}
-    matches = {leaf: [r for r in model.backbone.layer_order if re.fullmatch(r, leaf)] for leaf in leaves}
-    assert all(len(found) == 1 for found in matches.values()), matches
-    assert {found[0] for found in matches.values()} == set(model.backbone.layer_order)
     assert all(endpoints[stage].shape[1:] == shape for stage, shape in MAPS.get(name, {}).items())
 
 
@@ -78,6 +73,25 @@ def test_the_last_window_of_caffes_pool_may_reach_beyond_the_map(size):
     cells = range(0, size - 1, 2)
     expected = [[x[0, i : i + 3, j : j + 3].max() for j in cells] for i in cells]
     np.testing.assert_array_equal(squeezenet.pool(jnp.asarray(x))[0, :, :, 0], expected)
+
+
+def test_endpoints_of_vgg_are_the_documented_ones():
+    endpoints = published('vgg11')[2]
+    assert set(endpoints) == {*(f'stage{i}' for i in range(1, 6)), 'fc6', 'features', 'logits'}
+
+
+def test_means_are_summed_in_float32():
+    x = jnp.full((1, 16, 16, 1), 0.1, jnp.bfloat16).at[0, 0, 0].set(256)
+    pooled = avg_pool(x, 16, 16)
+    assert pooled.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(pooled), np.float32(x).mean(), rtol=4e-3)
+
+
+def test_inception_turns_colours_alone():
+    with pytest.raises(UserError, match='model.transform_input: is of 3 colours'):
+        jax.eval_shape(
+            create_model('inception_v3', transform_input=True).init, jax.random.key(0), jnp.zeros((1, 75, 75, 1))
+        )
 
 
 def test_zeros_around_the_map_count_in_a_mean():
@@ -100,7 +114,7 @@ def test_a_squeezenet_without_conv10_leaves_the_files_classifier_aside(tmp_path)
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     for origin in ('torchvision', 'ncnn'):
         path = tmp_path / f'{origin}.safetensors'
-        export_pretrained(path, variables, module.backbone, origin)
+        export_pretrained(path, variables, module, origin)
         whole = load_pretrained('squeezenet1_1', path, classes=5, **fields)
         jax.tree.map(np.testing.assert_array_equal, dict(whole), dict(variables))
         bare = load_pretrained('squeezenet1_1', path, **fields)
@@ -110,7 +124,7 @@ def test_a_squeezenet_without_conv10_leaves_the_files_classifier_aside(tmp_path)
         _, account = fill(begun, read(path), backbone=probe.backbone)
         assert set(account.fresh) == {'params/head/kernel', 'params/head/bias'} and len(account.ignored) == 2
         with pytest.raises(UserError, match='ReLU precedes the mean'):
-            export_pretrained(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape), begun), probe.backbone, origin)
+            export_pretrained(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape), begun), probe, origin)
 
 
 def test_ncnns_stem_is_turned_from_bgr_to_rgb():

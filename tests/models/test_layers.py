@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tl_jax.models.layers import BatchNorm, Conv, Forms, Window, choose_forms, max_pool
+from tl_jax.errors import UserError
+from tl_jax.models.layers import BatchNorm, Conv, Forms, Window, avg_pool, choose_forms, max_pool
 
 # (rows, columns of the image, channels), then Conv's own fields.
 GEOMETRIES = [
@@ -187,3 +188,12 @@ def test_max_pool_equals_xlas_with_its_gradient_at_ties(window, stride, padding)
     got = jax.jit(lambda: both(lambda x: max_pool(x, window, stride, padding)))()
     for a, b in zip(got, jax.jit(lambda: both(reference))(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize('pool', [max_pool, avg_pool])
+def test_a_window_larger_than_the_map_is_refused_on_every_backend(pool, backend, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    with pytest.raises(UserError, match='a map is smaller than the 3 × 3 window'):
+        pool(jnp.zeros((1, 2, 5, 1)), 3, 2)
+    assert pool(jnp.zeros((1, 2, 5, 1)), 3, 2, padding=1).shape == (1, 1, 3, 1)

@@ -1,8 +1,7 @@
-"""MobileNets, EfficientNets and the tiny networks: shapes, published sizes, layer order, details."""
+"""MobileNets, EfficientNets and the tiny networks: shapes, published sizes, details."""
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +38,12 @@ def shapes(name, num_classes=1000, **fields):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_endpoints_and_layer_order(name):
-    module, variables, endpoints = shapes(name)
+def test_endpoints(name):
+    _, _, endpoints = shapes(name)
     assert endpoints['features'].ndim == 2 and endpoints['features'].dtype == jnp.float32
     assert endpoints['logits'].shape == (2, 1000)
     maps = [value for key, value in endpoints.items() if key not in ('features', 'logits')]
     assert maps and all(value.ndim == 4 for value in maps)
-    order = module.backbone.layer_order
-    leaves = [path.removeprefix('backbone/') for path in flatten(variables['params']) if path.startswith('backbone/')]
-    matched = [[regex for regex in order if re.fullmatch(regex, leaf)] for leaf in leaves]
-    assert all(len(regexes) == 1 for regexes in matched)
-    assert {regexes[0] for regexes in matched} == set(order)
 
 
 @pytest.mark.parametrize('name', PARAMETERS)
@@ -112,7 +106,6 @@ def family(module):
         ('mobilenet_v3_small', mobilenet_v3.MobileNetV3, 'tf_mobilenetv3_small_100', {'padding': 'same'}),
         ('efficientnet_b0', efficientnet.EfficientNet, 'tf_efficientnet_b3', {'width': 1.2, 'epsilon': 1e-3}),
         ('efficientnet_b5', efficientnet.EfficientNet, 'efficientnet_b5', {'epsilon': 1e-5, 'padding': None}),
-        ('efficientnet_b0', efficientnet.EfficientNet, 'resnet50', {}),
     ],
 )
 def test_fields_of_timms_config(name, module, architecture, expected):
@@ -122,8 +115,9 @@ def test_fields_of_timms_config(name, module, architecture, expected):
 
 
 def test_bad_fields():
-    with pytest.raises(UserError, match="'mobilenetv2_110d' has layers that are not among ours"):
-        family(mobilenet.MobileNetV2).fields({'architecture': 'mobilenetv2_110d'})
+    # It has layers that are not among ours.
+    assert family(mobilenet.MobileNetV2).fields({'architecture': 'mobilenetv2_110d'}) is None
+    assert family(efficientnet.EfficientNet).fields({'architecture': 'resnet50'}) is None
     with pytest.raises(UserError, match=r'model\.padding'):
         create_model('efficientnet_b0', padding='valid')
     with pytest.raises(UserError, match=r'model\.dept: unknown field'):

@@ -171,6 +171,8 @@ def test_convnet_options():
         ({'name': 'mlp', 'num_classes': 3, 'head': {'name': 'mlp', 'width': 3}}, 'model.head.width: unknown field'),
         ({'name': 'resnet18', 'widths': [8, 16]}, 'model.widths: 2 widths for 4 stages'),
         ({'name': 'mlp', 'num_classes': 0}, 'model.num_classes: must be at least 1'),
+        ({'name': 'mlp', 'head': 'linear'}, 'model.head: without num_classes there is no head'),
+        ({'name': 'mlp', 'num_classes': 3, 'head': 'distilled'}, "model.head: 'distilled' is for the two tokens"),
         ({'name': 'resnet18', 'dtype': 'float31'}, "model.dtype: 'float31'"),
     ],
 )

@@ -1,6 +1,4 @@
-"""ResNeXt, Wide ResNet, ResNet-D and SE-ResNet, BiT and ConvNeXt: shapes, counts, layer order, and their special parts."""
-
-import re
+"""ResNeXt, Wide ResNet, ResNet-D and SE-ResNet, BiT and ConvNeXt: shapes, counts, and their special parts."""
 
 import jax
 import jax.numpy as jnp
@@ -77,16 +75,6 @@ def test_parameter_count(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize('name', VARIANTS)
-def test_layer_order_has_every_leaf_once_and_no_idle_regex(name):
-    _, variables = shapes_of(name, **VARIANTS[name])
-    order = create_model(name, **VARIANTS[name]).backbone.layer_order
-    paths = [path.split('/backbone/')[1] for path in flatten(variables)]
-    found = [[regex for regex in order if re.fullmatch(regex, path)] for path in paths]
-    assert all(len(regexes) == 1 for regexes in found)
-    assert {regexes[0] for regexes in found} == set(order)
-
-
 @pytest.mark.parametrize('name', ['resnet26d', 'bit_50x1', 'convnext_tiny'])
 def test_drop_path_grows_with_depth(name):
     rates = []
@@ -160,8 +148,8 @@ def test_fields_from_hugging_face():
     assert fields['stage_sizes'] == (1, 2) and fields['grn'] and not fields['layer_scale']
     create_model('convnext_tiny', **fields)
     assert family.fields(dict(model_type='convnext', layer_scale_init_value=1e-6))['layer_scale'] == 1e-6
-    assert family.fields(dict(model_type='resnet')) == {}
-    with pytest.raises(UserError, match='patch_size 8'):
+    assert family.fields(dict(model_type='resnet')) is None
+    with pytest.raises(UserError, match='patch_size = 8'):
         family.fields(config | dict(patch_size=8))
 
 
@@ -171,7 +159,7 @@ def test_fields_from_hugging_face():
         ('resnet18', dict(groups=2), 'basic blocks have neither groups'),
         ('resnext50_32x4d', dict(widths=(8, 16)), '2 widths for 4 stages'),
         ('bit_50x1', dict(stem_width=24), '32 groups do not divide 24 channels'),
-        ('convnext_tiny', dict(activation='swish'), "no 'swish'"),
+        ('convnext_tiny', dict(activation='swish'), "there is no 'swish'"),
         ('convnext_tiny', dict(stage_sizes=(1,)), '4 widths for 1 stages'),
     ],
 )
@@ -185,5 +173,5 @@ def test_catalogue_names_models_that_there_are():
     for module in (maps.resnet, maps.bit, maps.convnext):
         assert module.CATALOGUE
         for name, entry in module.CATALOGUE.items():
-            assert entry.source == f'hf://{name}' and entry.licence and entry.preprocessing
+            assert entry.source == f'hf://{name}' and entry.preprocessing
             create_model(entry.model, **entry.fields)

@@ -6,7 +6,6 @@ text in lower case (Unicode NFKC), and every other visible sign by itself.
 
 import collections
 import gzip
-import inspect
 import re
 import tarfile
 import unicodedata
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from tl_jax.config import call
 from tl_jax.data.base import MAX_BYTES, check_size, existing
 from tl_jax.data.tokenizers import PretrainedTokenizer, open_tokenizer
 from tl_jax.errors import UserError, nearest
@@ -41,18 +41,13 @@ class Tokenizer(NamedTuple):
 
 def make_tokenizer(item: str | Mapping[str, Any]) -> Tokenizer | PretrainedTokenizer:
     """A tokenizer from its name, 'bytes', 'hashed', 'words' or 'pretrained', or from `dict(name=…, **options)`."""
+    if not isinstance(item, str | Mapping):
+        raise UserError(f'tokenizer: must be a name or a dict with one, not {item!r:.80}')
     options = {'name': item} if isinstance(item, str) else dict(item)
     name = options.pop('name', None)
     if name not in TOKENIZERS:
         raise UserError(f'tokenizer: there is no {name!r}; {nearest(str(name), TOKENIZERS)}')
-    known = inspect.signature(TOKENIZERS[name]).parameters
-    for option in options:
-        if option not in known:
-            raise UserError(f'tokenizer: {name} has no option {option!r}; {nearest(option, known)}')
-    missing = [option for option, p in known.items() if p.default is p.empty and option not in options]
-    if missing:
-        raise UserError(f'tokenizer: {name} needs {", ".join(missing)}')
-    return TOKENIZERS[name](**options)
+    return call(TOKENIZERS[name], options, 'tokenizer')
 
 
 def byte_tokenizer() -> Tokenizer:

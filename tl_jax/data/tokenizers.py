@@ -1,14 +1,14 @@
 """Tokenizers of pretrained models: `tokenizer.json` as it is, or built of `vocab.txt`, or `vocab.json` and `merges.txt`.
 
 tokenizer = open_tokenizer('hf://google-bert/bert-base-uncased')
-inputs = tokenizer(['One text.', 'Another.'], 128)  # {'tokens', 'mask', 'segments'}, each [2, 128]
-inputs = tokenizer(['A question?'], 128, pairs=['Its answer.'])  # segment 1 is the answer
+inputs = tokenizer(['One text.', 'Another.'], 128)  # {'tokens', 'mask'}, each [2, 128]
+inputs = tokenizer(['A question?'], 128, pairs=['Its answer.'])  # and 'segments', 1 in the answer
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -22,10 +22,18 @@ PADDING = ('[PAD]', '<pad>', '<|endoftext|>', '</s>')
 
 
 class PretrainedTokenizer(NamedTuple):
-    """A text's ids with the special tokens of its model. `pad_id` fills up; `vocabulary` is the number of ids."""
+    """A text's ids with the special tokens of its model.
+
+    Attributes:
+      tokenizer: the library's; it pads nothing.
+      pad_id: fills up.
+      cut: the side at which a text too long loses its tokens.
+      vocabulary: number of ids.
+    """
 
     tokenizer: tokenizers.Tokenizer
     pad_id: int
+    cut: Literal['left', 'right'] = 'right'
 
     @property
     def vocabulary(self) -> int:
@@ -41,7 +49,7 @@ class PretrainedTokenizer(NamedTuple):
         return self([text], length)['tokens'][0]
 
     def __call__(self, texts: Sequence[str], length: int, pairs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Encodes texts, cut and padded at the end to `length` tokens.
+        """Encodes texts, cut as the model's own files say and padded at the end to `length` tokens.
 
         Args:
           texts: any number of them.
@@ -49,8 +57,8 @@ class PretrainedTokenizer(NamedTuple):
           pairs: a second text for each. Of a pair too long the longer text is cut, then both alike.
 
         Returns:
-          `tokens` int32 [texts, length], `mask` bool, true for what is not padding, and `segments` int32: 1 in the
-          second text where the model tells them apart, else 0.
+          `tokens` int32 [texts, length] and `mask` bool, true for what is not padding; where the model tells a pair's
+          texts apart also `segments` int32: 1 in the second text, else 0.
 
         Raises:
           UserError: there are not as many pairs as texts, or `length` leaves no room between the special tokens.
@@ -62,17 +70,16 @@ class PretrainedTokenizer(NamedTuple):
         special = self.tokenizer.num_special_tokens_to_add(pairs is not None)
         if length <= special:
             raise UserError(f'tokenizer: length={length} leaves no room between {special} special tokens; raise it')
-        self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(length)
-        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        found = self.tokenizer.encode_batch(inputs)
+        self.tokenizer.enable_truncation(length, direction=self.cut)
+        found = self.tokenizer.encode_batch(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)))
         tokens = np.full((len(found), length), self.pad_id, np.int32)
         segments = np.zeros_like(tokens)
         for row, one in enumerate(found):
             tokens[row, : len(one)] = one.ids
             segments[row, : len(one)] = one.type_ids
         lengths = np.array([len(one) for one in found], np.int32).reshape(-1, 1)
-        return dict(tokens=tokens, mask=np.arange(length) < lengths, segments=segments)
+        inputs = dict(tokens=tokens, mask=np.arange(length) < lengths)
+        return inputs | dict(segments=segments) if segments.any() else inputs
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
@@ -108,7 +115,13 @@ def open_tokenizer(source: str, *, lower_case: bool | None = None, pad_token: st
         raise UserError(f'{path}: not a tokenizer ({" ".join(str(error).split())[:200]}); fetch it again') from None
     if lower_case is not None and path.name != 'vocab.txt':
         raise UserError(f'tokenizer: lower_case is for vocab.txt, and {path.name} says itself; leave it out')
-    return PretrainedTokenizer(tokenizer, _pad_id(tokenizer, config, pad_token, path))
+    pad_id = _pad_id(tokenizer, config, pad_token, path)
+    tokenizer.no_padding()
+    stated = (tokenizer.truncation or {}).get('direction', 'right')
+    cut = config.get('truncation_side') or stated
+    if cut not in ('left', 'right'):
+        raise UserError(f"{path}: truncation_side is 'left' or 'right', not {cut!r:.80}; mend tokenizer_config.json")
+    return PretrainedTokenizer(tokenizer, pad_id, cut)
 
 
 def _wordpiece(path: Path, config: dict[str, Any], lower_case: bool | None) -> tokenizers.Tokenizer:

@@ -103,7 +103,7 @@ def create_model(
       **overrides: the backbone's own fields (see the module of its family), such as `dtype` and `width`.
 
     Raises:
-      UserError: a name is unknown, or a field is, or its value has the wrong type.
+      UserError: a name is unknown, or a field is, its value has the wrong type, or the head does not fit.
     """
     if name not in MODELS:
         raise UserError(f"model.name: there is no model '{name}'; {nearest(name, MODELS)}")
@@ -113,11 +113,15 @@ def create_model(
         overrides['dtype'] = _dtype(overrides['dtype'])
     backbone = _construct(MODELS[name], overrides, 'model')
     if num_classes is None:
+        if head is not None:
+            raise UserError('model.head: without num_classes there is no head; give num_classes, or leave head out')
         return Classifier(backbone)
     fields = {'name': head} if isinstance(head, str) else dict(head or {})
     kind = fields.pop('name', getattr(backbone, 'head_kind', 'linear'))
     if kind not in HEADS:
         raise UserError(f"model.head: there is no head '{kind}'; {nearest(kind, HEADS)}")
+    if kind == 'distilled' and getattr(backbone, 'head_kind', '') != 'distilled':
+        raise UserError("model.head: 'distilled' is for the two tokens of a distilled transformer; choose 'linear'")
     return Classifier(backbone, _construct(HEADS[kind], fields, 'model.head', num_classes=num_classes))
 
 

@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from tl_jax.errors import UserError, nearest
+from tl_jax.models.fields import check_activation, check_fields, check_heads
 from tl_jax.models.text import pool_tokens
 from tl_jax.models.transformer import ACTIVATIONS, INIT, Attention, Dense, LayerNorm, Mlp
 
@@ -67,13 +68,17 @@ class Bert(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        check_encoder(self)
+        sizes = ('vocabulary', 'length', 'width', 'embedding_width', 'depth', 'mlp_width')
+        check_fields(self, sizes=sizes, counts=('segments', 'pad_id'), rates=('dropout',))
+        check_heads(self.heads, self.width)
+        check_activation(self.activation)
 
     @property
     def layer_order(self) -> tuple[str, ...]:
         """Regexes of leaf paths from input to output."""
         blocks = (f'block{i}/.*' for i in range(1, self.depth + 1))
-        return '(token|position|segment|norm|project)/.*', *blocks, '(pooler|mlm)/.*'
+        last = [name for name, present in (('pooler', self.pool == 'pooler'), ('mlm', self.mlm_head)) if present]
+        return '(token|position|segment|norm|project)/.*', *blocks, *([f'({"|".join(last)})/.*'] if last else [])
 
     @nn.compact
     def __call__(
@@ -84,9 +89,11 @@ class Bert(nn.Module):
         x = self._embedded(token(tokens), tokens, segments, train)
         endpoints = {'embeddings': x}
         for i in range(1, self.depth + 1):
-            x = Block(
-                self.heads, self.mlp_width, self.activation, self.epsilon, self.dropout, self.dtype, name=f'block{i}'
-            )(x, mask[:, None, None, :], train)
+            attention = Attention(self.heads, dropout=self.dropout, dtype=self.dtype, parent=None)
+            block = Block(
+                attention, self.mlp_width, self.activation, self.epsilon, self.dropout, self.dtype, name=f'block{i}'
+            )
+            x = block(x, train, mask=mask[:, None, None, :])
             endpoints[f'block{i}'] = x
         endpoints['features'] = pooled(x, mask, self.pool, POOLER[self.kind], self.dtype)
         if self.mlm_head:
@@ -120,9 +127,9 @@ class Bert(nn.Module):
 
 
 class Block(nn.Module):
-    """`x = norm1(x + attention(x))`, then `norm2(x + mlp(x))`."""
+    """`x = norm1(x + attention(x, …))`, then `norm2(x + mlp(x))`."""
 
-    heads: int
+    attention: nn.Module
     mlp_width: int
     activation: str
     epsilon: float
@@ -131,11 +138,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, 'batch length width'], mask: Bool[Array, 'batch 1 1 length'], train: bool
+        self, x: Float[Array, 'batch length width'], train: bool, **context: Array
     ) -> Float[Array, 'batch length width']:
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        attention = Attention(self.heads, dropout=self.dropout, dtype=self.dtype, name='attention')
-        x = LayerNorm(self.epsilon, dtype=self.dtype, name='norm1')(x + drop(attention(x, mask=mask, train=train)))
+        y = self.attention(x, train=train, **context)
+        x = LayerNorm(self.epsilon, dtype=self.dtype, name='norm1')(x + drop(y))
         y = Mlp(self.mlp_width, self.activation, dtype=self.dtype, name='mlp')(x)
         return LayerNorm(self.epsilon, dtype=self.dtype, name='norm2')(x + drop(y))
 
@@ -191,18 +198,6 @@ def text_inputs(
         raise UserError(f'model.length: texts have {tokens.shape[1]} tokens, and the model is for {length}; cut them')
     mask = jnp.asarray(given['mask'], bool) if 'mask' in given else tokens != pad_id
     return tokens, mask, given.get('segments')
-
-
-def check_encoder(model: Any) -> None:
-    """Refuses fields that no text encoder can have.
-
-    Raises:
-      UserError: heads do not divide the width, or there is no such activation.
-    """
-    if model.heads < 1 or model.width % model.heads:
-        raise UserError(f'model.heads: {model.heads} does not divide the width {model.width}; choose a divisor')
-    if model.activation not in ACTIVATIONS:
-        raise UserError(f'model.activation: there is no {model.activation!r}; {nearest(model.activation, ACTIVATIONS)}')
 
 
 def _sizes(width: int, depth: int, heads: int, mlp_width: int) -> dict[str, int]:

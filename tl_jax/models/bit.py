@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields, check_stages
 from tl_jax.models.layers import Conv, max_pool
-from tl_jax.models.transformer import DropPath, outer_dtype
+from tl_jax.models.transformer import DropPath, drop_rates, outer_dtype
 
 
 class BiT(nn.Module):
@@ -44,11 +44,8 @@ class BiT(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.widths) != len(self.stage_sizes):
-            raise UserError(
-                f'model.widths: {len(self.widths)} widths for {len(self.stage_sizes)} stages; '
-                'give model.stage_sizes and model.widths the same length'
-            )
+        check_stages(self.stage_sizes, self.widths)
+        check_fields(self, sizes=('widths', 'stem_width', 'groups'), rates=('drop_path',))
         if odd := [width for width in (self.stem_width, *self.widths) if width % self.groups]:
             raise UserError(f'model.groups: {self.groups} groups do not divide {odd[0]} channels; change one of them')
 
@@ -64,10 +61,9 @@ class BiT(nn.Module):
         endpoints = {'stem': x}
         # Zeros and not minus infinities around the map, which is not rectified: Google's pool pads so.
         x = max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
-        rates = np.split(np.linspace(0, self.drop_path, sum(self.stage_sizes)), np.cumsum(self.stage_sizes)[:-1])
+        rates = drop_rates(self.stage_sizes, self.drop_path)
         for i, (width, drops) in enumerate(zip(self.widths, rates, strict=True), start=1):
             stride = 1 if i == 1 else 2
-            drops = tuple(map(float, drops))
             x = Stage(width, stride, self.groups, drops, self.dtype, name=f'stage{i}')(x, train)
             endpoints[f'stage{i}'] = x
         x = nn.relu(group_norm(self.groups, self.dtype, 'norm')(x))

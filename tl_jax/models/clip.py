@@ -30,7 +30,8 @@ from jaxtyping import Array, Float, Int
 
 from tl_jax.errors import UserError, nearest
 from tl_jax.models.bert import text_inputs
-from tl_jax.models.transformer import ACTIVATIONS, INIT, Dense, LayerNorm, outer_dtype
+from tl_jax.models.fields import check_activation, check_fields, check_heads
+from tl_jax.models.transformer import INIT, Dense, LayerNorm, outer_dtype
 from tl_jax.models.vit import Block, VisionTransformer
 
 Kind = Literal['clip', 'siglip']
@@ -76,6 +77,7 @@ class ImageTower(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
+        check_fields(self, sizes=('projection',))
         self.transformer(parent=None)  # which refuses bad fields
 
     def transformer(self, **options: Any) -> VisionTransformer:
@@ -151,12 +153,11 @@ class TextTower(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.heads < 1 or self.width % self.heads:
-            raise UserError(f'model.heads: {self.heads} does not divide the width {self.width}; choose a divisor')
-        if self.activation and self.activation not in ACTIVATIONS:
-            raise UserError(
-                f'model.activation: there is no {self.activation!r}; {nearest(self.activation, ACTIVATIONS)}'
-            )
+        sizes = ('vocabulary', 'length', 'width', 'depth', 'mlp_width', 'projection')
+        check_fields(self, sizes=sizes, rates=('dropout',))
+        check_heads(self.heads, self.width)
+        if self.activation is not None:
+            check_activation(self.activation)
 
     @property
     def layer_order(self) -> tuple[str, ...]:
@@ -273,7 +274,7 @@ class Clip(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Mapping[str, Array], train: bool = False) -> dict[str, Array]:
-        inputs = dict(inputs)
+        inputs = self._checked(inputs)
         endpoints, units = {}, {}
         temperature = {name: self.param(name, nn.initializers.constant(v), ()) for name, v in START[self.kind].items()}
         if 'image' in inputs:
@@ -291,6 +292,28 @@ class Clip(nn.Module):
             logits = jnp.exp(temperature['log_scale']) * cosine + temperature.get('bias', 0.0)
             endpoints['logits_per_image'] = logits
         return endpoints
+
+    def _checked(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The inputs by name.
+
+        Raises:
+          UserError: one is unknown, has another shape, or is missing.
+        """
+        if not isinstance(inputs, Mapping):
+            raise UserError("inputs: two towers need them by name: {'image': …, 'tokens': …}")
+        for name in inputs:
+            if name not in ('image', 'tokens', 'mask'):
+                raise UserError(f'inputs: two towers take no {name!r}; {nearest(name, ("image", "tokens", "mask"))}')
+        missing = [name for name in ('image', 'tokens') if name not in inputs]
+        if len(missing) == 2 or (missing and self.is_initializing()):
+            when = 'init needs both towers' if self.is_initializing() else 'give it'
+            raise UserError(f'inputs: there is no {missing[0]!r}; {when}')
+        if 'mask' in inputs and 'tokens' in missing:
+            raise UserError("inputs: 'mask' is of 'tokens', and there are none; leave it out")
+        if 'image' in inputs and jnp.ndim(inputs['image']) != 4:
+            shape = list(jnp.shape(inputs['image']))
+            raise UserError(f'inputs: an image is [batch, height, width, channels], not {shape}')
+        return dict(inputs)
 
 
 def unit(x: Float[Array, 'batch dim']) -> Float[Array, 'batch dim']:

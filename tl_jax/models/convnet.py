@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields
 from tl_jax.models.heads import uniform
 from tl_jax.models.layers import BatchNorm, Conv, max_pool
 
@@ -60,6 +61,17 @@ class ConvNet(nn.Module):
     dropout: float = 0.0
     conv_form: Literal['xla', 'patches', 'taps'] | None = None
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = ('widths', 'kernel_size', 'strides', 'pool', 'dense')
+        check_fields(self, sizes=sizes, counts=('pool_stride',), rates=('conv_dropout', 'vector_dropout', 'dropout'))
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        """Regexes of leaf paths from input to output."""
+        convolutions = (f'(conv|norm){i}/.*' for i in range(1, len(self.widths) + 1))
+        return (*convolutions, *(f'(dense|dense_norm){i}/.*' for i in range(1, len(self.dense) + 1)))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:

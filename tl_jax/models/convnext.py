@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
+from tl_jax.models.fields import check_activation, check_fields, check_stages
 from tl_jax.models.layers import Conv
-from tl_jax.models.transformer import ACTIVATIONS, INIT, Dense, DropPath, LayerNorm, outer_dtype
+from tl_jax.models.transformer import ACTIVATIONS, INIT, Dense, DropPath, LayerNorm, drop_rates, outer_dtype
 
 
 class ConvNeXt(nn.Module):
@@ -57,13 +57,11 @@ class ConvNeXt(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.widths) != len(self.stage_sizes):
-            raise UserError(
-                f'model.widths: {len(self.widths)} widths for {len(self.stage_sizes)} stages; '
-                'give model.stage_sizes and model.widths the same length'
-            )
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"model.activation: no '{self.activation}'; known are {', '.join(ACTIVATIONS)}")
+        check_stages(self.stage_sizes, self.widths)
+        check_fields(self, sizes=('widths', 'kernel_size'), counts=('hidden',), rates=('drop_path',))
+        check_activation(self.activation)
+        if self.kernel_size % 2 == 0:
+            raise UserError(f'model.kernel_size: {self.kernel_size} is even and would shrink the map; give an odd one')
 
     @property
     def layer_order(self) -> tuple[str, ...]:
@@ -87,9 +85,8 @@ class ConvNeXt(nn.Module):
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        rates = np.split(np.linspace(0, self.drop_path, sum(self.stage_sizes)), np.cumsum(self.stage_sizes)[:-1])
+        rates = drop_rates(self.stage_sizes, self.drop_path)
         for i, (width, drops) in enumerate(zip(self.widths, rates, strict=True), start=1):
-            drops = tuple(map(float, drops))
             x = Stage(block, width, i > 1, drops, self.epsilon, self.dtype, name=f'stage{i}')(x, train)
             endpoints[f'stage{i}'] = x
         norm = LayerNorm(self.last_epsilon, name='norm')

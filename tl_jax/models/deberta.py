@@ -14,8 +14,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from tl_jax.errors import UserError
-from tl_jax.models.bert import BASE, LARGE, check_encoder, pooled, text_inputs
-from tl_jax.models.transformer import INIT, Dense, LayerNorm, Mlp, attend
+from tl_jax.models.bert import BASE, LARGE, Block, pooled, text_inputs
+from tl_jax.models.fields import check_activation, check_fields, check_heads
+from tl_jax.models.transformer import INIT, Dense, LayerNorm, attend
 
 
 class Deberta(nn.Module):
@@ -55,7 +56,11 @@ class Deberta(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        check_encoder(self)
+        sizes = ('vocabulary', 'width', 'depth', 'mlp_width')
+        check_fields(self, sizes=sizes, counts=('pad_id',), rates=('dropout',))
+        check_heads(self.heads, self.width)
+        check_activation(self.activation)
+        check_activation(self.pooler_activation, 'pooler_activation')
         if self.buckets < 4 or self.max_distance <= self.buckets // 2 + 1:
             raise UserError(
                 f'model.max_distance: {self.max_distance} leaves nothing beyond the {self.buckets // 2} exact distances '
@@ -66,7 +71,7 @@ class Deberta(nn.Module):
     def layer_order(self) -> tuple[str, ...]:
         """Regexes of leaf paths from input to output."""
         blocks = (f'block{i}/.*' for i in range(1, self.depth + 1))
-        return '(token|norm|relative|relative_norm)/.*', *blocks, 'pooler/.*'
+        return '(token|norm|relative|relative_norm)/.*', *blocks, *(['pooler/.*'] if self.pool == 'pooler' else [])
 
     @nn.compact
     def __call__(
@@ -83,9 +88,11 @@ class Deberta(nn.Module):
         # Padding looks nowhere.
         mask4 = mask[:, None, None, :] & mask[:, None, :, None]
         for i in range(1, self.depth + 1):
-            x = Block(
-                self.heads, self.mlp_width, self.activation, self.epsilon, self.dropout, self.dtype, name=f'block{i}'
-            )(x, relative, mask4, train)
+            attention = DisentangledAttention(self.heads, self.dropout, self.dtype, parent=None)
+            block = Block(
+                attention, self.mlp_width, self.activation, self.epsilon, self.dropout, self.dtype, name=f'block{i}'
+            )
+            x = block(x, train, relative=relative, mask=mask4)
             endpoints[f'block{i}'] = x
         return endpoints | {'features': pooled(x, mask, self.pool, self.pooler_activation, self.dtype)}
 
@@ -95,31 +102,6 @@ class Deberta(nn.Module):
         table = LayerNorm(self.epsilon, dtype=self.dtype, name='relative_norm')(table)
         bucket = log_buckets(np.arange(length - 1, -length, -1), self.buckets, self.max_distance)
         return table[np.clip(bucket + self.buckets, 0, 2 * self.buckets - 1)]
-
-
-class Block(nn.Module):
-    """`x = norm1(x + attention(x))`, then `norm2(x + mlp(x))`."""
-
-    heads: int
-    mlp_width: int
-    activation: str
-    epsilon: float
-    dropout: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, 'batch length width'],
-        relative: Float[Array, 'distances width'],
-        mask: Bool[Array, 'batch 1 length length'],
-        train: bool,
-    ) -> Float[Array, 'batch length width']:
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        y = DisentangledAttention(self.heads, self.dropout, self.dtype, name='attention')(x, relative, mask, train)
-        x = LayerNorm(self.epsilon, dtype=self.dtype, name='norm1')(x + drop(y))
-        y = Mlp(self.mlp_width, self.activation, dtype=self.dtype, name='mlp')(x)
-        return LayerNorm(self.epsilon, dtype=self.dtype, name='norm2')(x + drop(y))
 
 
 class DisentangledAttention(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from tl_jax.models.fields import check_fields, check_stages
 from tl_jax.models.layers import BatchNorm, Conv, avg_pool, max_pool
 
 
@@ -34,6 +35,11 @@ class DenseNet(nn.Module):
     bottleneck: int = 4
     dropout: float = 0.0
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_stages(self.stage_sizes)
+        check_fields(self, sizes=('growth', 'stem_width', 'bottleneck'), rates=('dropout',))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from tl_jax.models.fields import check_fields
 from tl_jax.models.mobilenet import ConvNorm, InvertedResidual, Style, scaled
 
 # Expansion, kernel, stride of the first, output channels, blocks: table 1 of the paper.
@@ -62,6 +63,10 @@ class EfficientNet(nn.Module):
     momentum: float = 0.9
     drop_path: float = 0.0
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, factors=('width', 'depth'), rates=('drop_path',))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:

@@ -9,6 +9,8 @@ which token of its text lies in each slot (-1: none, or padding).
 """
 
 import functools
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,10 +45,11 @@ def generate(
       variables: its own; only `params/backbone` is read.
       prompt: token ids; padding may stand on either side.
       max_new_tokens: how many to write.
-      mask: true where the prompt is no padding; everywhere unless given.
-      temperature: divides the logits before drawing; 0 takes the likeliest token.
-      top_k: draw among so many likeliest tokens.
-      top_p: draw among the fewest tokens whose probabilities sum to this (Holtzman et al. 2020, arXiv:1904.09751).
+      mask: true where the prompt is no padding; unless given, where it is not the module's `pad_id`, if that has one.
+      temperature: divides the logits before drawing; 0 takes the likeliest token, of several the one of the lowest id.
+      top_k: draw among so many likeliest tokens, and any that are as likely as the last of them.
+      top_p: draw among the fewest tokens whose probabilities sum to this (Holtzman et al. 2020, arXiv:1904.09751), and any that
+        are as likely as the last of them.
       eos_id: the id, or one of several, that ends a text.
       pad_id: what follows the end.
       key: of the draws.
@@ -60,25 +63,12 @@ def generate(
     backbone = getattr(module, 'backbone', module)
     if not hasattr(backbone, 'cache_length') or getattr(backbone, 'output', '') == 'none':
         raise UserError(f'generate: this {type(backbone).__name__} writes no text; choose a decoder with lm_logits')
-    if max_new_tokens < 1:
-        raise UserError(f'generate.max_new_tokens: must be at least 1, not {max_new_tokens}')
-    if temperature < 0:
-        raise UserError(f'generate.temperature: must not be negative, as {temperature} is; 0 takes the likeliest token')
-    if temperature and key is None:
+    rule = _rule(backbone.vocabulary, max_new_tokens, temperature, top_k, top_p, eos_id, pad_id)
+    if rule.temperature and key is None:
         raise UserError('generate.key: drawing tokens needs one, such as jax.random.key(0); or leave temperature 0')
-    if top_k is not None and not 1 <= top_k <= backbone.vocabulary:
-        raise UserError(f'generate.top_k: must be 1 … {backbone.vocabulary} (the vocabulary), not {top_k}')
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f'generate.top_p: must be above 0 and at most 1, not {top_p}')
-    eos = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
-    return _generate(
-        backbone,
-        _Rule(temperature, top_k, top_p, eos, pad_id, max_new_tokens),
-        variables['params']['backbone'],
-        jnp.asarray(prompt, jnp.int32),
-        jnp.ones(prompt.shape, bool) if mask is None else jnp.asarray(mask, bool),
-        jax.random.key(0) if key is None else key,
-    )
+    prompt, mask = _prompt(prompt, mask, getattr(backbone, 'pad_id', None))
+    key = jax.random.key(0) if key is None else _key(key)
+    return _generate(backbone, rule, variables['params']['backbone'], prompt, mask, key)
 
 
 class _Rule(NamedTuple):
@@ -90,6 +80,57 @@ class _Rule(NamedTuple):
     eos: tuple[int, ...]
     pad_id: int
     count: int
+
+
+def _rule(vocabulary, max_new_tokens, temperature, top_k, top_p, eos_id, pad_id) -> _Rule:
+    """The arguments as plain numbers.
+
+    Raises:
+      UserError: one is of another type, or out of range.
+    """
+    count = _number('max_new_tokens', max_new_tokens, int)
+    if count < 1:
+        raise UserError(f'generate.max_new_tokens: must be at least 1, not {count}')
+    temperature = _number('temperature', temperature, float)
+    if not 0 <= temperature < math.inf:
+        raise UserError(f'generate.temperature: must not be negative, as {temperature} is; 0 takes the likeliest token')
+    if top_k is not None and not 1 <= (top_k := _number('top_k', top_k, int)) <= vocabulary:
+        raise UserError(f'generate.top_k: must be 1 … {vocabulary} (the vocabulary), not {top_k}')
+    if top_p is not None and not 0 < (top_p := _number('top_p', top_p, float)) <= 1:
+        raise UserError(f'generate.top_p: must be above 0 and at most 1, not {top_p}')
+    for name, value in (('top_k', top_k), ('top_p', top_p)):
+        if value is not None and not temperature:
+            raise UserError(f'generate.{name}: nothing is drawn at temperature 0; leave it out, or raise that')
+    ids = () if eos_id is None else eos_id if isinstance(eos_id, list | tuple) else (eos_id,)
+    eos = tuple(_number('eos_id', i, int) for i in ids)
+    return _Rule(temperature, top_k, top_p, eos, _number('pad_id', pad_id, int), count)
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    allowed = numbers.Integral if kind is int else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        wanted = 'an integer' if kind is int else 'a number'
+        raise UserError(f'generate.{name}: must be {wanted}, not {value!r:.80}')
+    return kind(value)
+
+
+def _prompt(prompt: Any, mask: Any, pad_id: int | None) -> tuple[Array, Array]:
+    shape, dtype = jnp.shape(prompt), jnp.result_type(prompt)
+    if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
+        raise UserError(f'generate.prompt: must be integers [batch, length] and not empty, not {dtype}{list(shape)}')
+    prompt = jnp.asarray(prompt, jnp.int32)
+    if mask is not None and jnp.shape(mask) != shape:
+        raise UserError(f'generate.mask: is {list(jnp.shape(mask))}, and the prompt {list(shape)}; give them one shape')
+    return prompt, real_tokens(prompt, mask, pad_id)
+
+
+def _key(key: Any) -> Array:
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if typed and key.shape == ():
+        return key
+    if not typed and jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32:
+        return jnp.asarray(key)
+    raise UserError('generate.key: must be one key, such as jax.random.key(0)')
 
 
 class _State(NamedTuple):
@@ -105,11 +146,11 @@ def _generate(backbone: nn.Module, rule: _Rule, params: Any, prompt: Array, mask
     start = getattr(backbone, 'start_id', None)
     if start is None:
         backbone = backbone.clone(cache_length=prompt.shape[1] + rule.count - 1)
-        opening, stream = {'tokens': prompt, 'mask': mask}, 'tokens'
+        opening, stream = {'tokens': prompt, 'mask': mask}, ('tokens', 'mask')
     else:
         backbone = backbone.clone(cache_length=rule.count)
         first = jnp.full((len(prompt), 1), start, jnp.int32)
-        opening, stream = {'tokens': prompt, 'mask': mask, 'decoder_tokens': first}, 'decoder_tokens'
+        opening, stream = {'tokens': prompt, 'mask': mask, 'decoder_tokens': first}, ('decoder_tokens', 'decoder_mask')
 
     def step(collections, inputs, written, done):
         endpoints, collections = backbone.apply({'params': params, **collections}, inputs, mutable=['cache'])
@@ -120,7 +161,9 @@ def _generate(backbone: nn.Module, rule: _Rule, params: Any, prompt: Array, mask
         return token, done | jnp.isin(token, jnp.array(rule.eos, jnp.int32)), collections
 
     def write(state):
-        token, done, cache = step(state.cache, {stream: state.token[:, None]}, state.written, state.done)
+        # What was written is text, also where it is the module's `pad_id`.
+        inputs = dict(zip(stream, (state.token[:, None], jnp.ones((len(prompt), 1), bool)), strict=True))
+        token, done, cache = step(state.cache, inputs, state.written, state.done)
         return _State(state.written + 1, token, state.tokens.at[:, state.written].set(token), done, cache)
 
     token, done, cache = step({}, opening, 0, jnp.zeros(len(prompt), bool))
@@ -136,7 +179,10 @@ def pick(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Int[Array, 'batch']:
-    """Draws a token from each row of logits; the likeliest at temperature 0. First `top_k` cuts, then `top_p`."""
+    """Draws a token from each row of logits; the likeliest at temperature 0.
+
+    First `top_k` cuts, then `top_p`; what is as likely as the last token that stays, stays.
+    """
     if temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = logits / temperature
@@ -272,9 +318,13 @@ def read_inputs(inputs: Array | Mapping[str, Array], known: Sequence[str]) -> di
     return {name: inputs.get(name) for name in known}
 
 
-def real_tokens(tokens: Int[Array, 'batch length'], mask: Array | None) -> Bool[Array, 'batch length']:
-    """The mask, everywhere true unless given."""
-    return jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+def real_tokens(
+    tokens: Int[Array, 'batch length'], mask: Array | None, pad_id: int | None = None
+) -> Bool[Array, 'batch length']:
+    """The mask; unless given, true for every token but `pad_id`."""
+    if mask is not None:
+        return jnp.asarray(mask, bool)
+    return jnp.ones(tokens.shape, bool) if pad_id is None else jnp.asarray(tokens) != pad_id
 
 
 def token_logits(

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from tl_jax.errors import UserError, nearest
+from tl_jax.errors import UserError
+from tl_jax.models.fields import check_activation, check_fields, check_heads
 from tl_jax.models.generate import CachedAttention, Places, place, read_inputs, real_tokens, token_logits
 from tl_jax.models.text import pool_tokens
-from tl_jax.models.transformer import ACTIVATIONS, LayerNorm, Mlp, outer_dtype
+from tl_jax.models.transformer import LayerNorm, Mlp, outer_dtype
 
 
 class GPT2(nn.Module):
@@ -35,6 +36,7 @@ class GPT2(nn.Module):
       activation: of that layer, of `transformer.ACTIVATIONS`.
       epsilon: of the norms.
       dropout: of the embeddings, attention weights and both branches of a block, in training.
+      pad_id: tokens that are this are padding where no mask is given; None: none are.
       cache_length: slots to remember tokens in, for generation; 0 for none.
       dtype: of the computation.
     """
@@ -48,12 +50,21 @@ class GPT2(nn.Module):
     activation: str = 'gelu_tanh'
     epsilon: float = 1e-5
     dropout: float = 0.0
+    pad_id: int | None = None
     cache_length: int = 0
     dtype: Any = jnp.float32
 
     # Of `create_model`: the origin's classification head has no bias.
     head_kind = 'unbiased'
 
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = ('vocabulary', 'length', 'width', 'depth', 'mlp_width')
+        check_fields(self, sizes=sizes, counts=('cache_length',), rates=('dropout',))
+        check_heads(self.heads, self.width)
+        check_activation(self.activation)
+
+    @property
     def layer_order(self) -> tuple[str, ...]:
         """Regexes of leaf paths, from the input to the output."""
         return ('(token|position)/.*', *(f'block{i}/.*' for i in range(1, self.depth + 1)), 'norm/.*')
@@ -63,8 +74,8 @@ class GPT2(nn.Module):
         self, inputs: Int[Array, 'batch length'] | Mapping[str, Array], train: bool = False
     ) -> dict[str, Array]:
         tokens, mask, positions = read_inputs(inputs, ('tokens', 'mask', 'positions')).values()
-        self._check(tokens)
-        real = real_tokens(tokens, mask)
+        self._check_length(tokens)
+        real = real_tokens(tokens, mask, self.pad_id)
         places = place(self, real, positions, self.cache_length)
         token, position = (
             nn.Embed(number, self.width, dtype=outer_dtype(self.dtype), embedding_init=_INIT, name=name)
@@ -94,13 +105,7 @@ class GPT2(nn.Module):
             'lm_logits': token_logits(last, token.embedding, self.dtype),
         }
 
-    def _check(self, tokens: Array) -> None:
-        if self.width % self.heads:
-            raise UserError(f'model.heads: {self.heads} does not divide the width {self.width}')
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"model.activation: there is no '{self.activation}'; {nearest(self.activation, ACTIVATIONS)}"
-            )
+    def _check_length(self, tokens: Array) -> None:
         if max(tokens.shape[1], self.cache_length) > self.length:
             raise UserError(
                 f'model.length: texts of {max(tokens.shape[1], self.cache_length)} tokens have no position embeddings '

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields
 from tl_jax.models.layers import BatchNorm, Conv, avg_pool, max_pool
 
 MIN_SIZE = 75  # pixels: below, the last maps have no positions left
@@ -141,11 +142,19 @@ class InceptionV3(nn.Module):
     transform_input: bool = False
     dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, factors=('width',))
+
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
         if min(image.shape[1:3]) < MIN_SIZE:
             raise UserError(
                 f'model: images of {image.shape[1]} × {image.shape[2]}; Inception v3 needs at least {MIN_SIZE} a side'
+            )
+        if self.transform_input and image.shape[-1] != 3:
+            raise UserError(
+                f'model.transform_input: is of 3 colours, and the images have {image.shape[-1]} channels; leave it out'
             )
         x = _renormalised(image) if self.transform_input else image
         endpoints = {}

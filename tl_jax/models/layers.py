@@ -330,6 +330,7 @@ def max_pool(x: Float[Array, 'batch height width channels'], window: int, stride
     On CPU it is taken along the columns and then the rows, as an elementwise maximum of shifted views: XLA's gradient of a
     window reduction is several times slower there (112×112×64, batch 16: 665 ms forward and backward, against 160 ms).
     """
+    _check_window(x, window, padding)
     if jax.default_backend() != 'cpu':
         return nn.max_pool(x, (window, window), (stride, stride), ((padding, padding),) * 2)
     for axis in (2, 1):
@@ -338,10 +339,20 @@ def max_pool(x: Float[Array, 'batch height width channels'], window: int, stride
 
 
 def avg_pool(x: Float[Array, 'batch height width channels'], window: int, stride: int, padding: int = 0):
-    """The mean over windows of `window × window`, in which the `padding` zeros on every side count as values, as in torch."""
+    """The mean over windows of `window × window`, in which the `padding` zeros on every side count as values, as in torch.
+
+    Sums are float32 whatever the map is.
+    """
+    _check_window(x, window, padding)
+    total = x.astype(jnp.float32)
     for axis in (2, 1):
-        x = functools.reduce(jnp.add, _shifted(x, axis, window, stride, padding, 0.0))
-    return x / window**2
+        total = functools.reduce(jnp.add, _shifted(total, axis, window, stride, padding, 0.0))
+    return (total / window**2).astype(x.dtype)
+
+
+def _check_window(x: Array, window: int, padding: int) -> None:
+    if min(x.shape[1:3]) + 2 * padding < window:
+        raise UserError(f'model: a map is smaller than the {window} × {window} window that pools it; use larger images')
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
@@ -366,6 +377,4 @@ def _shifted(x, axis, window, stride, padding, fill) -> list[Array]:
     pads = [(padding, padding, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)]
     x = lax.pad(x, jnp.asarray(fill, x.dtype), pads)
     count = (x.shape[axis] - window) // stride + 1
-    if count < 1:
-        raise UserError(f'model: a map is smaller than the {window} × {window} window that pools it; use larger images')
     return [lax.slice_in_dim(x, k, k + (count - 1) * stride + 1, stride, axis) for k in range(window)]

@@ -21,10 +21,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from tl_jax.errors import UserError, nearest
+from tl_jax.errors import UserError
+from tl_jax.models.fields import check_activation, check_fields, check_heads
 from tl_jax.models.generate import CachedAttention, Places, place, read_inputs, real_tokens, token_logits
 from tl_jax.models.text import pool_tokens
-from tl_jax.models.transformer import ACTIVATIONS, INIT, Dense, RMSNorm, outer_dtype
+from tl_jax.models.transformer import INIT, Dense, GatedMlp, RMSNorm, outer_dtype
 
 
 class Llama(nn.Module):
@@ -55,6 +56,7 @@ class Llama(nn.Module):
         against `rope_length`: more than 1 / `rope_low` of it, and less of the others down to 1 / `rope_high`.
       rope_factor, rope_low, rope_high, rope_length: see there.
       dropout: of attention weights and of both branches of a block, in training.
+      pad_id: tokens that are this are padding where no mask is given; None: none are.
       cache_length: slots to remember tokens in, for generation; 0 for none.
       dtype: of the computation.
     """
@@ -88,6 +90,7 @@ class Llama(nn.Module):
     rope_high: float = 4.0
     rope_length: int = 8192
     dropout: float = 0.0
+    pad_id: int | None = None
     cache_length: int = 0
     dtype: Any = jnp.float32
 
@@ -96,21 +99,21 @@ class Llama(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
+        sizes = ('vocabulary', 'width', 'depth', 'heads', 'kv_heads', 'head_dim', 'mlp_width', 'window', 'rope_length')
+        check_fields(self, sizes=sizes, counts=('cache_length',), rates=('dropout',))
+        check_activation(self.activation)
         if self.heads % (self.kv_heads or self.heads):
-            raise UserError(f'model.kv_heads: {self.kv_heads} does not divide the {self.heads} heads')
-        if self.head_dim is None and self.width % self.heads:
-            raise UserError(f'model.heads: {self.heads} does not divide the width {self.width}; or give model.head_dim')
+            raise UserError(f'model.kv_heads: {self.kv_heads} does not divide the {self.heads} heads; choose a divisor')
+        if self.head_dim is None:
+            check_heads(self.heads, self.width)
         if self._dim % 2:
             raise UserError(f'model.head_dim: {self._dim} is odd, and rotary positions turn pairs')
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"model.activation: there is no '{self.activation}'; {nearest(self.activation, ACTIVATIONS)}"
-            )
 
     @property
     def _dim(self) -> int:
         return self.head_dim or self.width // self.heads
 
+    @property
     def layer_order(self) -> tuple[str, ...]:
         """Regexes of leaf paths, from the input to the output."""
         last = '(norm|lm_head)/.*' if self.output == 'dense' else 'norm/.*'
@@ -121,7 +124,7 @@ class Llama(nn.Module):
         self, inputs: Int[Array, 'batch length'] | Mapping[str, Array], train: bool = False
     ) -> dict[str, Array]:
         tokens, mask, positions = read_inputs(inputs, ('tokens', 'mask', 'positions')).values()
-        real = real_tokens(tokens, mask)
+        real = real_tokens(tokens, mask, self.pad_id)
         places = place(self, real, positions, self.cache_length)
         outer = outer_dtype(self.dtype)
         token = nn.Embed(self.vocabulary, self.width, dtype=outer, embedding_init=INIT, name='token')
@@ -192,23 +195,6 @@ def rotation(
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(heads.dtype)
 
     return rotate
-
-
-class GatedMlp(nn.Module):
-    """`dense2(activation(gate(x)) · dense1(x))` (Shazeer 2020, arXiv:2002.05202). Modules: `gate`, `dense1`, `dense2`."""
-
-    width: int
-    activation: str = 'silu'
-    use_bias: bool = False
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, '*batch width'], train: bool = False) -> Float[Array, '*batch width']:
-        gate = Dense(self.width, self.use_bias, self.dtype, name='gate')(x)
-        y = ACTIVATIONS[self.activation](gate) * Dense(self.width, self.use_bias, self.dtype, name='dense1')(x)
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return Dense(x.shape[-1], self.use_bias, self.dtype, name='dense2')(y)
 
 
 class Block(nn.Module):

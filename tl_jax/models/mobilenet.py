@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from tl_jax.models.fields import check_fields
 from tl_jax.models.layers import BatchNorm, Conv, SqueezeExcite
 from tl_jax.models.transformer import DropPath
 
@@ -40,6 +41,10 @@ class MobileNetV2(nn.Module):
     epsilon: float = 1e-5
     momentum: float = 0.9
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, factors=('width',))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from tl_jax.models.fields import check_fields
 from tl_jax.models.mobilenet import ConvNorm, Style, conv_norm, scaled
 
 # Channels, blocks, stride of the first: table 1 of the paper.
@@ -42,6 +43,10 @@ class MobileNetV1(nn.Module):
     epsilon: float = 1e-5
     momentum: float = 0.9
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, factors=('width',))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from tl_jax.models.fields import check_fields
 from tl_jax.models.mobilenet import ConvNorm, InvertedResidual, Style, scaled
 from tl_jax.models.transformer import Dense
 
@@ -71,6 +72,10 @@ class MobileNetV3(nn.Module):
     epsilon: float = 1e-3
     momentum: float = 0.99
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, sizes=('dense_width',), factors=('width',))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields, check_stages
 from tl_jax.models.layers import BatchNorm, Conv, SqueezeExcite, max_pool
-from tl_jax.models.transformer import DropPath
+from tl_jax.models.transformer import DropPath, drop_rates
 
 
 class ResNet(nn.Module):
@@ -57,13 +57,19 @@ class ResNet(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.widths) != len(self.stage_sizes):
-            raise UserError(
-                f'model.widths: {len(self.widths)} widths for {len(self.stage_sizes)} stages; '
-                'give model.stage_sizes and model.widths the same length'
-            )
+        check_stages(self.stage_sizes, self.widths)
+        sizes = ('widths', 'groups', 'base_width', 'stem_width')
+        check_fields(self, sizes=sizes, counts=('squeeze',), rates=('drop_path',))
         if self.block == 'basic' and (self.groups, self.base_width) != (1, 64):
             raise UserError("model.block: basic blocks have neither groups nor a base_width; use 'bottleneck'")
+        if min(self.widths) * self.base_width < 64:
+            raise UserError(
+                f'model.base_width: {self.base_width} of each 64 channels leaves a group of a stage of {min(self.widths)} '
+                'without any; raise it'
+            )
+        least = {'deep': 2, 'tiered': 8}.get(self.stem, 1)
+        if self.stem_width < least:
+            raise UserError(f'model.stem_width: {self.stem_width} is too narrow for stem={self.stem!r}; give {least}')
 
     @property
     def layer_order(self) -> tuple[str, ...]:
@@ -86,9 +92,9 @@ class ResNet(nn.Module):
             shortcut=self.shortcut,
             dtype=self.dtype,
         )
-        rates = np.split(np.linspace(0, self.drop_path, sum(self.stage_sizes)), np.cumsum(self.stage_sizes)[:-1])
+        rates = drop_rates(self.stage_sizes, self.drop_path)
         for i, (width, drops) in enumerate(zip(self.widths, rates, strict=True), start=1):
-            x = Stage(block, width, 1 if i == 1 else 2, tuple(map(float, drops)), name=f'stage{i}')(x, train)
+            x = Stage(block, width, 1 if i == 1 else 2, drops, name=f'stage{i}')(x, train)
             endpoints[f'stage{i}'] = x
         return {**endpoints, 'features': jnp.mean(x, (1, 2), dtype=jnp.float32)}
 

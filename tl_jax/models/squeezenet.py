@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields, check_stages
 from tl_jax.models.layers import Conv, max_pool
 
 
@@ -47,6 +48,8 @@ class SqueezeNet(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
+        check_stages(self.stage_sizes)
+        check_fields(self, sizes=('widths', 'squeeze', 'stem_width', 'stem_size', 'classes'), rates=('dropout',))
         if len(self.widths) != sum(self.stage_sizes):
             raise UserError(
                 f'model.widths: {len(self.widths)} widths for {sum(self.stage_sizes)} fire modules; '

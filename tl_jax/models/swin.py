@@ -19,7 +19,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from tl_jax.errors import UserError
-from tl_jax.models.transformer import INIT, Attention, Dense, DropPath, LayerNorm, Mlp
+from tl_jax.models.fields import check_fields, check_heads, check_stages
+from tl_jax.models.transformer import INIT, Attention, Dense, DropPath, LayerNorm, Mlp, drop_rates
 from tl_jax.models.vit import Patches
 
 
@@ -53,18 +54,16 @@ class Swin(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
+        check_stages(self.depths, field='depths')
+        sizes = ('width', 'heads', 'window', 'patch_size')
+        check_fields(self, sizes=sizes, factors=('mlp_ratio',), rates=('dropout', 'drop_path'))
         for name, given in (('heads', self.heads), ('window', self.windows)):
             if len(given) != len(self.depths):
                 raise UserError(
                     f'model.{name}: {len(given)} numbers for {len(self.depths)} stages; give as many as model.depths'
                 )
         for i, heads in enumerate(self.heads):
-            if self.width * 2**i % heads:
-                raise UserError(
-                    f'model.heads: {heads} does not divide the {self.width * 2**i} of stage {i + 1}; choose a divisor'
-                )
-        if min(self.windows) < 1:
-            raise UserError(f'model.window: {self.window} is no side of a window; give at least 1')
+            check_heads(heads, self.width * 2**i)
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -85,7 +84,7 @@ class Swin(nn.Module):
         x = Patches(self.width, self.patch_size, True, self.dtype, name='stem')(image)
         x = LayerNorm(dtype=self.dtype, name='stem_norm')(x)
         endpoints = {'stem': x}
-        rates = np.split(np.linspace(0, self.drop_path, sum(self.depths)), np.cumsum(self.depths)[:-1])
+        rates = drop_rates(self.depths, self.drop_path)
         for i, (heads, window, drops) in enumerate(zip(self.heads, self.windows, rates, strict=True), start=1):
             block = functools.partial(
                 Block,
@@ -96,7 +95,7 @@ class Swin(nn.Module):
                 dropout=self.dropout,
                 dtype=self.dtype,
             )
-            x = Stage(block, i > 1, tuple(map(float, drops)), self.dtype, name=f'stage{i}')(x, train)
+            x = Stage(block, i > 1, drops, self.dtype, name=f'stage{i}')(x, train)
             endpoints[f'stage{i}'] = x
         x = LayerNorm(dtype=self.dtype, name='norm')(x)
         return {**endpoints, 'features': jnp.mean(x, (1, 2), dtype=jnp.float32)}

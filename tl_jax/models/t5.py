@@ -20,11 +20,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from tl_jax.errors import UserError, nearest
+from tl_jax.errors import UserError
+from tl_jax.models.fields import check_activation, check_fields
 from tl_jax.models.generate import CachedAttention, place, read_inputs, real_tokens, token_logits
-from tl_jax.models.llama import GatedMlp
 from tl_jax.models.text import pool_tokens
-from tl_jax.models.transformer import ACTIVATIONS, Dense, Mlp, RMSNorm, attend, outer_dtype
+from tl_jax.models.transformer import Dense, GatedMlp, Mlp, RMSNorm, attend, outer_dtype
 
 
 class T5(nn.Module):
@@ -44,6 +44,7 @@ class T5(nn.Module):
       output: 'tied', logits by the table of the embeddings, scaled by 1 / √width; 'dense', by a layer of its own.
       epsilon: of the norms.
       start_id: the token that the decoder begins with.
+      pad_id: the encoder's tokens that are this are padding where no mask is given; None: none are.
       dropout: of embeddings, attention weights, hidden layers and branches, in training.
       cache_length: slots to remember the decoder's tokens in, for generation; 0 for none.
       dtype: of the computation.
@@ -63,26 +64,27 @@ class T5(nn.Module):
     output: Literal['tied', 'dense'] = 'tied'
     epsilon: float = 1e-6
     start_id: int = 0
+    pad_id: int | None = None
     dropout: float = 0.0
     cache_length: int = 0
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         super().__post_init__()
+        sizes = ('vocabulary', 'width', 'depth', 'decoder_depth', 'heads', 'head_dim', 'mlp_width')
+        check_fields(self, sizes=sizes, counts=('cache_length',), rates=('dropout',))
         if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 2:
             raise UserError(
                 f'model.buckets: {self.buckets} are not a multiple of 4, or too many for a max_distance of '
                 f'{self.max_distance}, which must be more than half of them'
             )
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"model.activation: there is no '{self.activation}'; {nearest(self.activation, ACTIVATIONS)}"
-            )
+        check_activation(self.activation)
 
     @property
     def _decoder_depth(self) -> int:
         return self.depth if self.decoder_depth is None else self.decoder_depth
 
+    @property
     def layer_order(self) -> tuple[str, ...]:
         """Regexes of leaf paths, from the input to the output."""
         order = ['token/.*']
@@ -110,7 +112,7 @@ class T5(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         endpoints, encoded, real = {}, None, self._remembered_mask()
         if tokens is not None:
-            real = real_tokens(tokens, mask)
+            real = real_tokens(tokens, mask, self.pad_id)
             slots = jnp.arange(tokens.shape[1])
             encoder = Stack(self._sizes, self.depth, name='encoder')
             encoded, blocks = encoder(drop(token(tokens)), slots[:, None] - slots, real[:, None, None], train=train)

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields, check_heads
 
 
 class Block(nn.Module):
@@ -62,12 +63,20 @@ class TextTransformer(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, sizes=('vocabulary', 'length', 'width', 'depth', 'mlp_width'), rates=('dropout',))
+        check_heads(self.heads, self.width)
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        """Regexes of leaf paths from input to output."""
+        return 'token/.*|position', *(f'block{i}/.*' for i in range(1, self.depth + 1)), 'norm/.*'
+
     @nn.compact
     def __call__(self, tokens: Int[Array, 'batch length'], train: bool = False) -> dict[str, Array]:
         if tokens.shape[1] > self.length:
             raise UserError(f'model.length: texts have {tokens.shape[1]} tokens; raise it from {self.length}')
-        if self.width % self.heads:
-            raise UserError(f'model.heads: {self.heads} does not divide the width {self.width}')
         real = tokens != 0
         position = self.param('position', nn.initializers.normal(0.01), (self.length, self.width), jnp.float32)
         x = _embed(self.vocabulary, self.width, self.dtype)(tokens) + position[: tokens.shape[1]].astype(self.dtype)
@@ -95,6 +104,15 @@ class TextBag(nn.Module):
     dense: Sequence[int] = (256,)
     dropout: float = 0.0
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, sizes=('vocabulary', 'width', 'dense'), rates=('dropout',))
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        """Regexes of leaf paths from input to output."""
+        return 'token/.*', *(f'dense{i}/.*' for i in range(1, len(self.dense) + 1))
 
     @nn.compact
     def __call__(self, tokens: Int[Array, 'batch length'], train: bool = False) -> dict[str, Array]:

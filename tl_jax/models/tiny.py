@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields
 from tl_jax.models.layers import Conv, max_pool
 from tl_jax.models.mobilenet import Style, conv_norm
 from tl_jax.models.mobilenet_v1 import Separable
@@ -32,6 +34,12 @@ class ResNet8(nn.Module):
     widths: Sequence[int] = (16, 32, 64)
     norm: Literal['batch', 'none'] = 'batch'
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, sizes=('widths',))
+        if not self.widths:
+            raise UserError('model.widths: there are none; give one for each stage')
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
@@ -83,6 +91,10 @@ class DSCNN(nn.Module):
     norm: Literal['batch', 'none'] = 'none'
     dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, sizes=('width', 'kernel_size'), counts=('depth',))
+
     @nn.compact
     def __call__(self, speech: Float[Array, 'batch time coefficients 1'], train: bool = False) -> dict[str, Array]:
         style = keras_style(self.norm, self.dtype)
@@ -114,6 +126,10 @@ class DoodleNet(nn.Module):
     dense: int = 512
     dropout: float = 0.0
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, sizes=('widths', 'dense'), rates=('dropout',))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:

@@ -5,11 +5,12 @@ may look; parameters, norms and softmax are float32. On CPU only the operands of
 elementwise bfloat16 is slow there; elsewhere everything between the norms does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
@@ -182,6 +183,23 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], self.use_bias, self.dtype, name='dense2')(y)
 
 
+class GatedMlp(nn.Module):
+    """`dense2(activation(gate(x)) · dense1(x))` (Shazeer 2020, arXiv:2002.05202). Modules: `gate`, `dense1`, `dense2`."""
+
+    width: int
+    activation: str = 'silu'
+    use_bias: bool = False
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, '*batch width'], train: bool = False) -> Float[Array, '*batch width']:
+        gate = Dense(self.width, self.use_bias, self.dtype, name='gate')(x)
+        y = ACTIVATIONS[self.activation](gate) * Dense(self.width, self.use_bias, self.dtype, name='dense1')(x)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return Dense(x.shape[-1], self.use_bias, self.dtype, name='dense2')(y)
+
+
 class DropPath(nn.Module):
     """Drops the whole branch of an example with probability `rate`, and scales the rest (Huang et al. 2016, arXiv:1603.09382)."""
 
@@ -190,3 +208,10 @@ class DropPath(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, 'batch ...'], train: bool) -> Float[Array, 'batch ...']:
         return nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)), deterministic=not train)(x)
+
+
+def drop_rates(sizes: Sequence[int], rate: float) -> list[tuple[float, ...]]:
+    """`DropPath`'s rate of each block of each stage, growing linearly from 0 in the first block to `rate` in the last."""
+    rates = np.linspace(0, rate, sum(sizes)).tolist()
+    ends = np.cumsum(sizes).tolist()
+    return [tuple(rates[end - size : end]) for size, end in zip(sizes, ends, strict=True)]

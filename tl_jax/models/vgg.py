@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from tl_jax.errors import UserError
+from tl_jax.models.fields import check_fields, check_stages
 from tl_jax.models.layers import BatchNorm, Conv, max_pool
 
 GRID = 7  # Positions along each side of the map that fc6 was made for.
@@ -45,11 +45,8 @@ class VGG(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.widths) != len(self.stage_sizes):
-            raise UserError(
-                f'model.widths: {len(self.widths)} widths for {len(self.stage_sizes)} stages; '
-                'give model.stage_sizes and model.widths the same length'
-            )
+        check_stages(self.stage_sizes, self.widths)
+        check_fields(self, sizes=('widths', 'hidden'), rates=('dropout',))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
@@ -60,11 +57,11 @@ class VGG(nn.Module):
             x = max_pool(x, 2, 2)
         sides = x.shape[1:3] if self.grid == 'slide' else (GRID, GRID)
         x = averaged(x, tuple(max(GRID, side) for side in sides))
-        for name, size in (('fc6', GRID), ('fc7', 1)):
+        for name, size, endpoint in (('fc6', GRID, 'fc6'), ('fc7', 1, 'features')):
             x = Conv(self.hidden, size, use_bias=True, dtype=self.dtype, kernel_init=_wide_init, name=name)(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
-            endpoints[name] = jnp.mean(x, (1, 2), dtype=jnp.float32)
-        return {**endpoints, 'features': endpoints.pop('fc7')}
+            endpoints[endpoint] = jnp.mean(x, (1, 2), dtype=jnp.float32)
+        return endpoints
 
     @property
     def layer_order(self) -> tuple[str, ...]:

@@ -21,8 +21,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from tl_jax.errors import UserError, nearest
-from tl_jax.models.transformer import ACTIVATIONS, INIT, Attention, Dense, DropPath, LayerNorm, Mlp, outer_dtype
+from tl_jax.errors import UserError
+from tl_jax.models.fields import check_activation, check_fields, check_heads
+from tl_jax.models.transformer import INIT, Attention, Dense, DropPath, GatedMlp, LayerNorm, Mlp, outer_dtype
 
 
 class VisionTransformer(nn.Module):
@@ -82,12 +83,12 @@ class VisionTransformer(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.width % self.heads:
-            raise UserError(
-                f'model.heads: a width of {self.width} does not divide by {self.heads}; choose heads that divide it'
-            )
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"model.activation: '{self.activation}' is none; {nearest(self.activation, ACTIVATIONS)}")
+        sizes = ('width', 'depth', 'patch_size', 'image_size', 'mlp_width', 'representation_size')
+        check_fields(self, sizes=sizes, counts=('num_registers',), rates=('dropout', 'drop_path'))
+        check_heads(self.heads, self.width)
+        check_activation(self.activation)
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise UserError(f'model.image_size: {list(self.image_size)} is neither a side nor (height, width)')
         if not self.use_cls and (self.distilled or 'token' in self.pool):
             raise UserError("model.use_cls: without a class token give model.pool='mean' or 'map', and no distilled")
         if self.distilled and self.pool != 'token':
@@ -116,11 +117,18 @@ class VisionTransformer(nn.Module):
         """The head that fits `features`, of `heads.HEADS`."""
         return 'distilled' if self.distilled else 'linear'
 
+    @property
     def layer_order(self) -> tuple[str, ...]:
         """Regexes of the parameters' paths from input to output; every path matches exactly one."""
         blocks = (f'block{i}/.*' for i in range(1, self.depth + 1))
         first = '((stem|embedding_norm)/.*|cls|distillation|registers|position)'
-        return (first, *blocks, '(norm|pooler|pre_logits)/.*')
+        last = (
+            ('norm', self.final_norm != 'none'),
+            ('pooler', self.pool == 'map'),
+            ('pre_logits', self.representation_size is not None),
+        )
+        last = '|'.join(name for name, present in last if present)
+        return (first, *blocks, *([f'({last})/.*'] if last else []))
 
     @nn.compact
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
@@ -242,7 +250,7 @@ class Block(nn.Module):
         attention = Attention(self.heads, use_bias=self.qkv_bias, dtype=self.dtype, name='attention')
         x += self._branch(attention(norm(name='norm1')(x), mask=mask, train=train), 1, train)
         if self.gated:
-            mlp = SwiGlu(self.mlp_width, self.dropout, self.dtype, name='mlp')
+            mlp = GatedMlp(self.mlp_width, 'silu', True, self.dropout, self.dtype, name='mlp')
         else:
             mlp = Mlp(self.mlp_width, self.activation, dropout=self.dropout, dtype=self.dtype, name='mlp')
         return x + self._branch(mlp(norm(name='norm2')(x), train), 2, train)
@@ -263,21 +271,6 @@ class LayerScale(nn.Module):
     def __call__(self, x: Float[Array, '*batch width']) -> Float[Array, '*batch width']:
         gamma = self.param('gamma', nn.initializers.constant(self.start), x.shape[-1:], jnp.float32)
         return x * gamma.astype(x.dtype)
-
-
-class SwiGlu(nn.Module):
-    """`dense2(silu(gate(x)) · dense1(x))` (Shazeer 2020, arXiv:2002.05202)."""
-
-    width: int
-    dropout: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, '*batch width'], train: bool) -> Float[Array, '*batch width']:
-        y = nn.silu(Dense(self.width, dtype=self.dtype, name='gate')(x))
-        y *= Dense(self.width, dtype=self.dtype, name='dense1')(x)
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return Dense(x.shape[-1], dtype=self.dtype, name='dense2')(y)
 
 
 class AttentionPool(nn.Module):

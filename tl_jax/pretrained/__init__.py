@@ -173,7 +173,9 @@ def load_pretrained(
         )
     opened = _open(source)
     if num_classes is None:
-        num_classes = _classes(opened, models.create_model(name, **overrides).backbone)
+        num_classes = _classes(
+            opened, models.create_model(name, **{k: v for k, v in overrides.items() if k != 'head'}).backbone
+        )
     if image_shape is None:
         image_shape = _stated_shape(opened.contents.metadata) or (32, 32, 3)
     module = models.create_model(name, num_classes=num_classes, **overrides)

@@ -104,6 +104,8 @@ def name_map(origin: str, backbone: nn.Module) -> NameMap:
     origins = {each.name: each for each in (*(family.origins if family else ()), OURS)}
     if origin not in origins:
         raise UserError(f'origin: there is no {origin!r} of a {type(backbone).__name__}; {nearest(origin, origins)}')
+    if why := origins[origin].refuses(backbone):
+        raise UserError(f"origin: {origin!r} has no such {type(backbone).__name__}: {why}; export to 'tl_jax'")
     return _name_map(origins[origin], backbone, family)
 
 

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tl_jax.errors import UserError, nearest
+from tl_jax.errors import UserError
 from tl_jax.models.bert import Bert
 from tl_jax.pretrained.catalogue import Entry
+from tl_jax.pretrained.maps.hub_config import activation
 from tl_jax.pretrained.names import (
     SAME,
     Family,
     Fit,
+    Layout,
     Origin,
     Rule,
     dense,
@@ -100,9 +102,26 @@ def _rules(backbone: Bert | None) -> tuple[Rule, ...]:
         *prefixed(f'{kind}.', body),
         *(pooler if not backbone or backbone.pool == 'pooler' else nowhere(pooler)),
         *(mlm if backbone and backbone.mlm_head else nowhere(mlm)),
-        *dense(_HEAD[kind], 'head'),
+        *pooled_head(_HEAD[kind], backbone.pool if backbone else 'pooler'),
         *body,
     )
+
+
+def pooled_head(theirs: str, pool: str) -> tuple[Rule, ...]:
+    """The head of a ForSequenceClassification, which stands on the pooler: one on another pool is read and never written."""
+    return dense(theirs, 'head') if pool == 'pooler' else unwritable(dense(theirs, 'head'), f'model.pool={pool!r}')
+
+
+def unwritable(rules: tuple[Rule, ...], what: str) -> tuple[Rule, ...]:
+    """The rules of a head, with layouts that refuse to write it: the origin's would take other features."""
+
+    def refuse(leaf: Any) -> Any:
+        raise UserError(
+            f'origin: transformers has its heads on other features than {what} gives; the backbone alone is the same '
+            "there: export it without the head, or choose 'tl_jax'"
+        )
+
+    return tuple(rule._replace(layout=Layout(rule.layout.read, refuse)) for rule in rules)
 
 
 def prefixed(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -119,28 +138,6 @@ IGNORED = (
     (r'cls\.seq_relationship\..*', 'whether two texts follow each other'),
     (r'discriminator_predictions\..*', 'which tokens were replaced'),
 )
-ACTIVATION_NAMES = {
-    'gelu': 'gelu',
-    'gelu_new': 'gelu_tanh',
-    'gelu_pytorch_tanh': 'gelu_tanh',
-    'quick_gelu': 'quick_gelu',
-    'relu': 'relu',
-    'silu': 'silu',
-    'swish': 'silu',
-    'tanh': 'tanh',
-}
-
-
-def activation_of(config: Mapping[str, Any], name: str) -> str:
-    """Our name of the activation that the field `name` of a `config.json` asks for.
-
-    Raises:
-      UserError: we have no such activation.
-    """
-    theirs = config.get(name, 'gelu')
-    if theirs not in ACTIVATION_NAMES:
-        raise UserError(f'config.json: {name} {theirs!r:.80} is unknown; {nearest(str(theirs), ACTIVATION_NAMES)}')
-    return ACTIVATION_NAMES[theirs]
 
 
 def pool_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -149,12 +146,14 @@ def pool_of(config: Mapping[str, Any]) -> dict[str, str]:
     return {'pool': 'pooler'} if architecture.endswith('ForSequenceClassification') else {}
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+_KINDS = {kind: kind for kind in _HEAD} | {'xlm-roberta': 'roberta', 'camembert': 'roberta'}
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Sizes from a `config.json`, absent ones by the defaults of transformers."""
-    kinds = {'bert': 'bert', 'roberta': 'roberta', 'xlm-roberta': 'roberta', 'distilbert': 'distilbert'}
-    kind = (kinds | {'electra': 'electra'}).get(config.get('model_type'))
+    kind = _KINDS.get(config.get('model_type'))
     if kind is None:
-        return {}
+        return None
     if kind == 'distilbert':
         names = dict(width='dim', depth='n_layers', heads='n_heads', mlp_width='hidden_dim')
         depth = 6
@@ -172,11 +171,11 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     length = config.get('max_position_embeddings', 512)
     fields = {ours: config.get(theirs, sizes[ours]) for ours, theirs in names.items()} | dict(
         kind=kind,
-        vocabulary=config.get('vocab_size', 50265 if kind == 'roberta' else 30522),
+        vocabulary=config.get('vocab_size', 50265 if config['model_type'] == 'roberta' else 30522),
         length=length - pad_id - 1 if kind == 'roberta' else length,
         segments=0 if kind == 'distilbert' else config.get('type_vocab_size', 2),
         pad_id=pad_id,
-        activation=activation_of(config, 'activation' if kind == 'distilbert' else 'hidden_act'),
+        activation=activation(config, 'activation' if kind == 'distilbert' else 'hidden_act'),
         epsilon=1e-12 if kind == 'distilbert' else config.get('layer_norm_eps', 1e-12),
     )
     if kind == 'electra':
@@ -208,22 +207,13 @@ FAMILIES = (
     ),
 )
 
-_MINIATURES = {
-    'bert_tiny': 'google/bert_uncased_L-2_H-128_A-2',
-    'bert_mini': 'google/bert_uncased_L-4_H-256_A-4',
-    'bert_small': 'google/bert_uncased_L-4_H-512_A-8',
-    'bert_medium': 'google/bert_uncased_L-8_H-512_A-8',
+_CHECKPOINTS = {
+    'google-bert/bert-base-uncased': 'bert_base',
+    'google-bert/bert-large-uncased': 'bert_large',
+    'google-bert/bert-base-cased': 'bert_base_cased',
+    'FacebookAI/roberta-base': 'roberta_base',
+    'google/electra-small-discriminator': 'electra_small',
+    'google/electra-base-discriminator': 'electra_base',
 }
-_CHECKPOINTS = (
-    *((repo, model, 'apache-2.0') for model, repo in _MINIATURES.items()),
-    ('google-bert/bert-base-uncased', 'bert_base', 'apache-2.0'),
-    ('google-bert/bert-large-uncased', 'bert_large', 'apache-2.0'),
-    ('google-bert/bert-base-cased', 'bert_base_cased', 'apache-2.0'),
-    ('FacebookAI/roberta-base', 'roberta_base', 'mit'),
-    ('FacebookAI/roberta-large', 'roberta_large', 'mit'),
-    ('distilbert/distilbert-base-uncased', 'distilbert_base', 'apache-2.0'),
-    ('google/electra-small-discriminator', 'electra_small', 'apache-2.0'),
-    ('google/electra-base-discriminator', 'electra_base', 'apache-2.0'),
-    ('google/electra-large-discriminator', 'electra_large', 'apache-2.0'),
-)
-CATALOGUE = {repo: Entry(model, f'hf://{repo}', licence) for repo, model, licence in _CHECKPOINTS}
+# What transformers itself names. Their licences are in the cards, on the hub.
+CATALOGUE = {repo: Entry(model, f'hf://{repo}', '') for repo, model in _CHECKPOINTS.items()}

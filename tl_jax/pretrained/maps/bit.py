@@ -1,7 +1,11 @@
 """BiT: Google's npz files and timm's `resnetv2_…_bit`."""
 
-from tl_jax.models.bit import BiT
+from collections.abc import Mapping
+from typing import Any
+
+from tl_jax.models.bit import MODELS, BiT
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import timm_architectures, timm_fields
 from tl_jax.pretrained.names import OI11, SAME, Family, Layout, Origin, Rule, conv, norm, stem_fit
 
 # Google's norms, [channels] in what timm reads, or [1, 1, 1, channels]; and its head [1, 1, in, out].
@@ -53,6 +57,12 @@ _TIMM = (
     Rule('head.fc.bias', 'params/head/bias', SAME),
 )
 
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields of an architecture of timm."""
+    return timm_fields(config, timm_architectures(MODELS, CATALOGUE))
+
+
 FAMILIES = (
     Family(
         BiT,
@@ -61,6 +71,7 @@ FAMILIES = (
             Origin('timm', r'stages\.0\.blocks\.0\.downsample\.conv\.weight', lambda _: _TIMM),
         ),
         fits=lambda _: (stem_fit('backbone/stem/conv'),),
+        fields=_fields,
     ),
 )
 

@@ -13,7 +13,7 @@ from tl_jax.errors import UserError
 from tl_jax.models.clip import Clip, ImageTower, TextTower
 from tl_jax.models.vit import resize_positions
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
-from tl_jax.pretrained.maps.bert import activation_of
+from tl_jax.pretrained.maps.hub_config import activation
 from tl_jax.pretrained.maps.vit import TABLE, fused
 from tl_jax.pretrained.names import (
     SAME,
@@ -216,11 +216,11 @@ def _tower_config(config: Mapping[str, Any], part: str) -> tuple[str, dict[str, 
     return kind, _DEFAULTS[kind, part] | _ACTIVATION[kind] | dict(num_hidden_layers=12) | stated
 
 
-def _tower_fields(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+def _tower_fields(config: Mapping[str, Any], part: str) -> dict[str, Any] | None:
     """The fields of one tower, of a file of both or of it alone."""
     found = _tower_config(config, part)
     if found is None:
-        return {}
+        return None
     kind, stated = found
     fields = dict(
         kind=kind,
@@ -228,7 +228,7 @@ def _tower_fields(config: Mapping[str, Any], part: str) -> dict[str, Any]:
         depth=stated['num_hidden_layers'],
         heads=stated['num_attention_heads'],
         mlp_width=stated['intermediate_size'],
-        activation=activation_of(stated, 'hidden_act'),
+        activation=activation(stated, 'hidden_act'),
         epsilon=stated['layer_norm_eps'],
     )
     if part == 'text':
@@ -252,10 +252,10 @@ def _tower_fields(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     )
 
 
-def _clip_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _clip_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fields of both towers."""
     if config.get('model_type') not in _ACTIVATION:
-        return {}
+        return None
     towers = {'image': _tower_fields(config, 'vision'), 'text': _tower_fields(config, 'text')}
     for name in ('activation', 'epsilon'):
         if towers['image'][name] != towers['text'][name]:

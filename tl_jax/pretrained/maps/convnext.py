@@ -1,14 +1,14 @@
 """ConvNeXts: torchvision's, timm's and Hugging Face's names."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
 
-from tl_jax.errors import UserError
-from tl_jax.models.convnext import ConvNeXt
-from tl_jax.models.transformer import ACTIVATIONS
+from tl_jax.models.convnext import MODELS, ConvNeXt
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import activation, only, require, timm_architectures, timm_fields
 from tl_jax.pretrained.names import OI, OI11, SAME, Family, Layout, Origin, Rule, conv, dense, norm, stem_fit
 
 _ROW = Layout(lambda t: t.reshape(-1), lambda leaf: leaf[None, None, None, :])
@@ -90,21 +90,18 @@ def _transformers_backbone(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The sizes that a `config.json` of timm or Hugging Face states."""
     kind = config.get('model_type')
     if kind not in ('convnext', 'convnextv2'):
-        return {}
-    if config.get('patch_size', 4) != 4:
-        raise UserError(f'config.json: patch_size {config["patch_size"]}; our stem has patches of 4')
-    activation = config.get('hidden_act', 'gelu')
-    if activation not in ACTIVATIONS:
-        raise UserError(f'config.json: hidden_act {activation!r}; known are {", ".join(ACTIVATIONS)}')
+        return timm_fields(config, timm_architectures(MODELS, CATALOGUE))
+    require(config, {'patch_size': 4})
     return dict(
         stage_sizes=tuple(config.get('depths', (3, 3, 9, 3))),
         widths=tuple(config.get('hidden_sizes', (96, 192, 384, 768))),
         grn=kind == 'convnextv2',
         layer_scale=0.0 if kind == 'convnextv2' else float(config.get('layer_scale_init_value', 1e-6)),
-        activation=activation,
+        activation=activation(config, 'hidden_act'),
         last_epsilon=float(config.get('layer_norm_eps', 1e-12)),
     )
 
@@ -118,8 +115,18 @@ FAMILIES = (
         ConvNeXt,
         (
             Origin('timm', r'stages\.0\.blocks\.0\.conv_dw\.weight', _timm),
-            Origin('transformers', r'(convnext(v2)?\.)?encoder\.stages\.0\.layers\.0\.dwconv\.weight', _transformers),
-            Origin('torchvision', r'features\.1\.0\.layer_scale', _torchvision),
+            Origin(
+                'transformers',
+                r'(convnext(v2)?\.)?encoder\.stages\.0\.layers\.0\.dwconv\.weight',
+                _transformers,
+                refuses=functools.partial(only, norm_first=(False,), epsilon=(1e-6,)),
+            ),
+            Origin(
+                'torchvision',
+                r'features\.1\.0\.layer_scale',
+                _torchvision,
+                refuses=functools.partial(only, norm_first=(False,), activation=('gelu',)),
+            ),
         ),
         fits=lambda backbone: (stem_fit(f'backbone/stem/{_stem(backbone)}'),),
         fields=_fields,
@@ -172,11 +179,9 @@ CATALOGUE = {
         for preprocessing, licence, names in _CHECKPOINTS
         for name in names.split()
     },
-    # The licences are those that timm states for the same weights.
-    'facebook/convnext-tiny-224': Entry(
-        'convnext_tiny', 'hf://facebook/convnext-tiny-224', 'apache-2.0', _PLAIN, _HUGGING_FACE
-    ),
+    # The licences of these are in their cards, on the hub.
+    'facebook/convnext-tiny-224': Entry('convnext_tiny', 'hf://facebook/convnext-tiny-224', '', _PLAIN, _HUGGING_FACE),
     'facebook/convnextv2-tiny-1k-224': Entry(
-        'convnextv2_tiny', 'hf://facebook/convnextv2-tiny-1k-224', 'cc-by-nc-4.0', _PLAIN, _HUGGING_FACE
+        'convnextv2_tiny', 'hf://facebook/convnextv2-tiny-1k-224', '', _PLAIN, _HUGGING_FACE
     ),
 }

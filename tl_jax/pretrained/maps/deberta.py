@@ -6,7 +6,8 @@ from typing import Any
 from tl_jax.errors import UserError
 from tl_jax.models.deberta import Deberta
 from tl_jax.pretrained.catalogue import Entry
-from tl_jax.pretrained.maps.bert import activation_of, encoder_norm, pool_of, prefixed
+from tl_jax.pretrained.maps.bert import encoder_norm, pool_of, pooled_head, prefixed
+from tl_jax.pretrained.maps.hub_config import activation, require
 from tl_jax.pretrained.names import (
     Family,
     Origin,
@@ -45,53 +46,71 @@ def _body() -> tuple[Rule, ...]:
 
 def _rules(backbone: Deberta | None) -> tuple[Rule, ...]:
     body, pooler = _body(), dense('pooler.dense', 'backbone/pooler')
-    if backbone and backbone.pool != 'pooler':
+    pool = backbone.pool if backbone else 'pooler'
+    if pool != 'pooler':
         pooler = nowhere(pooler)
-    return (*prefixed('deberta.', body), *pooler, *dense('classifier', 'head'), *body)
+    return (*prefixed('deberta.', body), *pooler, *pooled_head('classifier', pool), *body)
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+# Of DebertaV2Config.
+_DEFAULTS = {
+    'vocab_size': 128100,
+    'hidden_size': 1536,
+    'num_hidden_layers': 24,
+    'num_attention_heads': 24,
+    'intermediate_size': 6144,
+    'max_position_embeddings': 512,
+    'max_relative_positions': -1,
+    'position_buckets': -1,
+    'layer_norm_eps': 1e-7,
+    'pad_token_id': 0,
+    'relative_attention': False,
+    'pos_att_type': (),
+    'share_att_key': False,
+    'norm_rel_ebd': 'none',
+    'position_biased_input': True,
+}
+_V3 = {
+    'relative_attention': True,
+    'pos_att_type': ['c2p', 'p2c'],
+    'share_att_key': True,
+    'norm_rel_ebd': 'layer_norm',
+    'position_biased_input': False,
+    'type_vocab_size': 0,
+    'conv_kernel_size': 0,
+}
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Sizes from a `config.json`, absent ones by the defaults of transformers.
 
     Raises:
       UserError: it asks for what version 3 does not have.
     """
     if config.get('model_type') != 'deberta-v2':
-        return {}
-    terms = config.get('pos_att_type') or ()
-    wanted = {
-        'relative_attention': config.get('relative_attention', False) is True,
-        'pos_att_type': set(terms.lower().split('|') if isinstance(terms, str) else terms) == {'c2p', 'p2c'},
-        'share_att_key': config.get('share_att_key', False) is True,
-        'norm_rel_ebd': config.get('norm_rel_ebd') == 'layer_norm',
-        'position_buckets': config.get('position_buckets', -1) > 0,
-        'position_biased_input': config.get('position_biased_input', True) is False,
-        'type_vocab_size': config.get('type_vocab_size', 0) == 0,
-        'conv_kernel_size': config.get('conv_kernel_size', 0) == 0,
-    }
-    for name, good in wanted.items():
-        if not good:
-            raise UserError(f'config.json: {name} = {config.get(name)!r:.80} is not that of DeBERTa v3, all we have')
-    names = dict(
-        vocabulary='vocab_size',
-        buckets='position_buckets',
-        width='hidden_size',
-        depth='num_hidden_layers',
-        heads='num_attention_heads',
-        mlp_width='intermediate_size',
-        epsilon='layer_norm_eps',
-        pad_id='pad_token_id',
-    )
-    fields = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
-    distance = config.get('max_relative_positions', -1)
-    return (
-        fields
-        | dict(
-            max_distance=distance if distance >= 1 else config.get('max_position_embeddings', 512),
-            activation=activation_of(config, 'hidden_act'),
-            pooler_activation=activation_of(config, 'pooler_hidden_act'),
+        return None
+    config = _DEFAULTS | config
+    terms = config['pos_att_type'] or ()
+    terms = terms.lower().split('|') if isinstance(terms, str) else terms
+    require(config | {'pos_att_type': sorted(set(terms))}, _V3)
+    if config['position_buckets'] < 1:
+        raise UserError(
+            'config.json: position_buckets is missing or below 1; only DeBERTa v3, which has them, is known'
         )
-        | pool_of(config)
+    distance = config['max_relative_positions']
+    return dict(
+        vocabulary=config['vocab_size'],
+        buckets=config['position_buckets'],
+        max_distance=distance if distance >= 1 else config['max_position_embeddings'],
+        pad_id=config['pad_token_id'],
+        width=config['hidden_size'],
+        depth=config['num_hidden_layers'],
+        heads=config['num_attention_heads'],
+        mlp_width=config['intermediate_size'],
+        activation=activation(config, 'hidden_act'),
+        pooler_activation=activation(config, 'pooler_hidden_act'),
+        epsilon=config['layer_norm_eps'],
+        **pool_of(config),
     )
 
 
@@ -114,7 +133,4 @@ FAMILIES = (
     ),
 )
 
-CATALOGUE = {
-    f'microsoft/deberta-v3-{size}': Entry(f'deberta_v3_{size}', f'hf://microsoft/deberta-v3-{size}', 'mit')
-    for size in ('xsmall', 'small', 'base', 'large')
-}
+CATALOGUE: dict[str, Entry] = {}  # The known files' names are in no library that we could check them by.

@@ -1,7 +1,11 @@
 """DenseNets: torchvision's and timm's names, which agree. torchvision still serves files with `norm.1` for `norm1`."""
 
-from tl_jax.models.densenet import DenseNet
+from collections.abc import Mapping
+from typing import Any
+
+from tl_jax.models.densenet import MODELS, DenseNet
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import timm_architectures, timm_fields
 from tl_jax.pretrained.names import COUNTERS, Family, Origin, conv, dense, norm, stem_fit
 
 _LAYER = 'features.denseblock{block}.denselayer{layer}'
@@ -20,11 +24,18 @@ _RULES = (
     *conv(f'{_LAYER}.conv.{{i}}', f'{_OURS}/conv{{i}}'),
 )
 
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields of an architecture of timm."""
+    return timm_fields(config, timm_architectures(MODELS, CATALOGUE))
+
+
 FAMILIES = (
     Family(
         DenseNet,
         (Origin('torchvision', r'features\.denseblock1\.denselayer1\.norm\.?1\.weight', lambda _: _RULES, COUNTERS),),
         fits=lambda _: (stem_fit('backbone/stem/conv'),),
+        fields=_fields,
     ),
 )
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from tl_jax.models.efficientnet import SIZES, EfficientNet
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
-from tl_jax.pretrained.maps.mobilenet import layer, timm_block, timm_fields, torchvision_block
+from tl_jax.pretrained.maps.hub_config import timm_fields
+from tl_jax.pretrained.maps.mobilenet import layer, timm_block, torchvision_block
 from tl_jax.pretrained.names import COUNTERS, Family, Origin, Rule, dense, stem_fit
 
 
@@ -39,8 +40,8 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    return timm_fields(config, 'efficientnet', _ARCHITECTURES)
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    return timm_fields(config, _ARCHITECTURES)
 
 
 FAMILIES = (

@@ -3,47 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tl_jax.errors import UserError
 from tl_jax.models.gpt2 import GPT2
 from tl_jax.pretrained.catalogue import Entry
+from tl_jax.pretrained.maps.hub_config import activation, require
 from tl_jax.pretrained.names import OI, SAME, Family, Origin, Rule, embed, norm, stacked
 
 # The head of *ForSequenceClassification has no bias, nor has ours of kind 'unbiased', the default of decoders.
 SCORE = (Rule('score.weight', 'params/head/kernel', OI),)
-# Names of activations in a config.json of transformers.
-ACTIVATION_NAMES = {
-    'gelu': 'gelu',
-    'gelu_new': 'gelu_tanh',
-    'gelu_pytorch_tanh': 'gelu_tanh',
-    'gelu_fast': 'gelu_tanh',
-    'quick_gelu': 'quick_gelu',
-    'relu': 'relu',
-    'silu': 'silu',
-    'swish': 'silu',
-    'tanh': 'tanh',
-}
-
-
-def refuse(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses a config.json that asks for anything but the wanted values, absent ones being right.
-
-    Raises:
-      UserError: names the first such key.
-    """
-    for key, value in wanted.items():
-        if key in config and config[key] != value:
-            raise UserError(
-                f'config.json: {key} = {config[key]!r} is not supported for {config["model_type"]}; only {value!r} is'
-            )
-
-
-def activation(name: str) -> str:
-    """Our name of an activation of a config.json."""
-    if name not in ACTIVATION_NAMES:
-        raise UserError(f'config.json: no activation {name!r} here; known: {", ".join(ACTIVATION_NAMES)}')
-    return ACTIVATION_NAMES[name]
-
-
 _BLOCK = 'h.{block}'
 _OURS = 'backbone/block{block+1}'
 
@@ -74,10 +40,10 @@ _RULES = (
 )
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if config.get('model_type') != 'gpt2':
-        return {}
-    refuse(
+        return None
+    require(
         config,
         {
             'add_cross_attention': False,
@@ -93,7 +59,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         'depth': config.get('n_layer', 12),
         'heads': config.get('n_head', 12),
         'mlp_width': config.get('n_inner'),
-        'activation': activation(config.get('activation_function', 'gelu_new')),
+        'activation': activation(config, 'activation_function', 'gelu_new'),
         'epsilon': config.get('layer_norm_epsilon', 1e-5),
     }
 
@@ -117,12 +83,6 @@ FAMILIES = (
     ),
 )
 
-_CHECKPOINTS = {
-    'openai-community/gpt2': 'gpt2',
-    'openai-community/gpt2-medium': 'gpt2_medium',
-    'openai-community/gpt2-large': 'gpt2_large',
-    'openai-community/gpt2-xl': 'gpt2_xl',
-    'distilbert/distilgpt2': 'distilgpt2',
-}
-# Their licences are in the cards, on the hub.
+_CHECKPOINTS = {'openai-community/gpt2': 'gpt2', 'distilbert/distilgpt2': 'distilgpt2'}
+# What transformers itself names. Their licences are in the cards, on the hub.
 CATALOGUE = {repo: Entry(model, f'hf://{repo}', '') for repo, model in _CHECKPOINTS.items()}

@@ -1,7 +1,11 @@
 """Inception v3: torchvision's and timm's names, which agree. Loading ours there needs their `aux_logits=False`."""
 
-from tl_jax.models.inception import InceptionV3
+from collections.abc import Mapping
+from typing import Any
+
+from tl_jax.models.inception import MODELS, InceptionV3
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import timm_architectures, timm_fields
 from tl_jax.pretrained.names import COUNTERS, Family, Origin, conv, dense, norm, stem_fit
 
 _RULES = (
@@ -13,11 +17,18 @@ _RULES = (
 )
 _IGNORED = (*COUNTERS, (r'AuxLogits\..*', 'the auxiliary head, of use in training from scratch only'))
 
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields of an architecture of timm."""
+    return timm_fields(config, timm_architectures(MODELS, CATALOGUE))
+
+
 FAMILIES = (
     Family(
         InceptionV3,
         (Origin('torchvision', r'Mixed_5b\.branch1x1\.conv\.weight', lambda _: _RULES, _IGNORED),),
         fits=lambda _: (stem_fit('backbone/conv2d_1a_3x3/conv'),),
+        fields=_fields,
     ),
 )
 _HALVES = Preprocessing(299, (0.5,) * 3, (0.5,) * 3, interpolation='bicubic')

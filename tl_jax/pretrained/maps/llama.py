@@ -8,7 +8,8 @@ from flax import linen as nn
 from tl_jax.errors import UserError
 from tl_jax.models.llama import Llama
 from tl_jax.pretrained.catalogue import Entry
-from tl_jax.pretrained.maps.gpt2 import SCORE, activation
+from tl_jax.pretrained.maps.gpt2 import SCORE
+from tl_jax.pretrained.maps.hub_config import activation
 from tl_jax.pretrained.names import (
     Family,
     Origin,
@@ -55,8 +56,14 @@ _IGNORED = ((r'(model\.)?(.*\.)?rotary_emb\.inv_freq', 'rotary frequencies, whic
 _DEFAULTS = {
     'llama': {},
     'mistral': {'intermediate_size': 14336, 'num_key_value_heads': 8, 'sliding_window': 4096},
-    'qwen2': {'vocab_size': 151936, 'intermediate_size': 22016, 'num_key_value_heads': 32},
-    'qwen3': {'vocab_size': 151936, 'intermediate_size': 22016, 'num_key_value_heads': 32, 'head_dim': 128},
+    'qwen2': {'vocab_size': 151936, 'intermediate_size': 22016, 'num_key_value_heads': 32, 'sliding_window': 4096},
+    'qwen3': {
+        'vocab_size': 151936,
+        'intermediate_size': 22016,
+        'num_key_value_heads': 32,
+        'head_dim': 128,
+        'sliding_window': 4096,
+    },
     'gemma': {
         'num_hidden_layers': 28,
         'hidden_size': 3072,
@@ -87,10 +94,10 @@ _LLAMA = {
 _GEMMA = {'vocab_size': 256000, 'head_dim': 256, 'tie_word_embeddings': True}
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = config.get('model_type')
     if kind not in _DEFAULTS:
-        return {}
+        return None
     gemma = kind.startswith('gemma')
     config = _LLAMA | (_GEMMA if gemma else {}) | _DEFAULTS[kind] | config
     if config.get('use_bidirectional_attention'):
@@ -106,8 +113,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         'kv_heads': config.get('num_key_value_heads'),
         'head_dim': config.get('head_dim'),
         'mlp_width': config['intermediate_size'],
-        # Gemma's first files say 'gelu' and mean the approximation.
-        'activation': 'gelu_tanh' if gemma else activation(config.get('hidden_act', 'silu')),
+        'activation': _activation(config),
         'epsilon': config['rms_norm_eps'],
         'qkv_bias': bias or kind == 'qwen2',
         'out_bias': bias,
@@ -118,6 +124,14 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         'output': _output(config),
     }
     return fields | _rope(config) | _windows(config) | (_gemma2(config) if kind == 'gemma2' else {})
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    if config['model_type'] == 'gemma2':
+        return activation(config, 'hidden_activation', 'gelu_pytorch_tanh')
+    if config['model_type'] == 'gemma' and config.get('hidden_act') in ('gelu', None):
+        return 'gelu_tanh'  # The first files say 'gelu' and mean the approximation.
+    return activation(config, 'hidden_act', 'silu')
 
 
 def _output(config: Mapping[str, Any]) -> str:
@@ -191,14 +205,6 @@ FAMILIES = (
     ),
 )
 
-_CHECKPOINTS = {
-    'meta-llama/Llama-3.2-1B': 'llama3_2_1b',
-    'meta-llama/Llama-3.2-3B': 'llama3_2_3b',
-    'TinyLlama/TinyLlama-1.1B-Chat-v1.0': 'tinyllama',
-    'Qwen/Qwen2-0.5B': 'qwen2_0_5b',
-    'Qwen/Qwen2-1.5B': 'qwen2_1_5b',
-    'Qwen/Qwen3-0.6B': 'qwen3_0_6b',
-    'google/gemma-2b': 'gemma_2b',
-}
-# Their licences are in the cards, on the hub.
+_CHECKPOINTS = {'meta-llama/Llama-3.2-1B': 'llama3_2_1b'}
+# What transformers itself names. The licence is in the card, on the hub.
 CATALOGUE = {repo: Entry(model, f'hf://{repo}', '') for repo, model in _CHECKPOINTS.items()}

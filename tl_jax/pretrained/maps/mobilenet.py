@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tl_jax.errors import UserError, nearest
 from tl_jax.models.mobilenet import MobileNetV2
 from tl_jax.models.mobilenet_v1 import MobileNetV1
 from tl_jax.models.mobilenet_v3 import LARGE, SMALL, MobileNetV3
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import timm_fields
 from tl_jax.pretrained.names import (
     COUNTERS,
     O11I,
@@ -221,25 +221,6 @@ _TIMM_V3 = {
 }
 
 
-def timm_fields(config: Mapping[str, Any], prefix: str, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The fields for the architecture of timm's `config.json`; {} where it is of another family.
-
-    Args:
-      config: the file.
-      prefix: of the family's architectures, behind `tf_` if there is one.
-      known: `{architecture: fields}`.
-
-    Raises:
-      UserError: it is one of the family's, but not known.
-    """
-    name = str(config.get('architecture', ''))
-    if not name.removeprefix('tf_').startswith(prefix):
-        return {}
-    if name not in known:
-        raise UserError(f"model.source: timm's '{name}' has layers that are not among ours; {nearest(name, known)}")
-    return dict(known[name])
-
-
 _STEM_FIT = (stem_fit('backbone/stem/conv'),)
 FAMILIES = (
     Family(
@@ -250,7 +231,7 @@ FAMILIES = (
             Origin('tflite', r'51_conv_s1_act3/weight', lambda backbone: tflite(_v2_modules(backbone))),
         ),
         fits=lambda _: _STEM_FIT,
-        fields=lambda config: timm_fields(config, 'mobilenetv2', _TIMM_V2),
+        fields=lambda config: timm_fields(config, _TIMM_V2),
     ),
     Family(
         MobileNetV1,
@@ -260,7 +241,7 @@ FAMILIES = (
             Origin('keras', r'depthwise_conv2d/depthwise_kernel', _v1_keras),
         ),
         fits=lambda _: _STEM_FIT,
-        fields=lambda config: timm_fields(config, 'mobilenetv1', _TIMM_V1),
+        fields=lambda config: timm_fields(config, _TIMM_V1),
     ),
     Family(
         MobileNetV3,
@@ -269,7 +250,7 @@ FAMILIES = (
             Origin('timm', r'conv_head\.bias', _v3_timm, COUNTERS),
         ),
         fits=lambda _: _STEM_FIT,
-        fields=lambda config: timm_fields(config, 'mobilenetv3', _TIMM_V3),
+        fields=lambda config: timm_fields(config, _TIMM_V3),
     ),
 )
 

@@ -1,9 +1,13 @@
 """Residual networks: torchvision's and timm's names, which agree on what both have, and akamaster/pytorch_resnet_cifar10's."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from flax import linen as nn
 
-from tl_jax.models.resnet import ResNet
+from tl_jax.models.resnet import MODELS, ResNet
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import timm_architectures, timm_fields
 from tl_jax.pretrained.names import COUNTERS, Family, Origin, Rule, conv, dense, norm, stem_fit
 
 _BLOCK = 'layer{stage}.{block}'
@@ -50,6 +54,11 @@ def _stem(backbone: nn.Module | None) -> str:
     return 'conv1' if getattr(backbone, 'stem', '') in ('deep', 'tiered') else 'conv'
 
 
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields of an architecture of timm."""
+    return timm_fields(config, timm_architectures(MODELS, CATALOGUE))
+
+
 FAMILIES = (
     Family(
         ResNet,
@@ -69,6 +78,7 @@ FAMILIES = (
             Origin('torchvision', r'layer1\.0\.conv1\.weight', lambda _: _rules('downsample', 'fc'), COUNTERS),
         ),
         fits=lambda backbone: (stem_fit(f'backbone/stem/{_stem(backbone)}'),),
+        fields=_fields,
     ),
 )
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tl_jax.errors import UserError
-from tl_jax.models.swin import Swin
+from tl_jax.models.swin import MODELS, Swin
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import require, timm_architectures, timm_fields
 from tl_jax.pretrained.maps.vit import fused
 from tl_jax.pretrained.names import SAME, Family, Fit, Origin, Rule, conv, dense, norm, stem_fit
 
@@ -70,16 +70,16 @@ def _torchvision(backbone: Swin | None) -> tuple[Rule, ...]:
 
 def _transformers(backbone: Swin | None) -> tuple[Rule, ...]:
     """Hugging Face's names in files, then those of version 5 in memory. It merges as the authors do."""
-    block, ours = 'swin.encoder.layers.{stage}.blocks.{block}', 'backbone/stage{stage+1}/block{block+1}'
+    block, ours = 'encoder.layers.{stage}.blocks.{block}', 'backbone/stage{stage+1}/block{block+1}'
     table = f'params/{ours}/relative_position'
     rules = [
-        *conv('swin.embeddings.patch_embeddings.projection', 'backbone/stem'),
-        *norm('swin.embeddings.norm', 'backbone/stem_norm'),
+        *conv('embeddings.patch_embeddings.projection', 'backbone/stem'),
+        *norm('embeddings.norm', 'backbone/stem_norm'),
         *norm(f'{block}.layernorm_before', f'{ours}/norm1'),
         *norm(f'{block}.layernorm_after', f'{ours}/norm2'),
         Rule(f'{block}.attention.self.relative_position_bias_table', table, SAME),
         Rule(f'{block}.attention.relative_position_bias.relative_position_bias_table', table, SAME),
-        *norm('swin.layernorm', 'backbone/norm'),
+        *norm('layernorm', 'backbone/norm'),
         *dense('classifier', 'head'),
     ]
     dense_layers = {
@@ -95,21 +95,15 @@ def _transformers(backbone: Swin | None) -> tuple[Rule, ...]:
     for name, place in dense_layers.items():
         rules += dense(f'{block}.{name}', f'{ours}/{place}')
     for i in _stages(backbone)[1:]:
-        rules += _merge(f'swin.encoder.layers.{i - 2}.downsample', f'backbone/stage{i}/merge')
+        rules += _merge(f'encoder.layers.{i - 2}.downsample', f'backbone/stage{i}/merge')
     return tuple(rules)
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes that a `config.json` of Hugging Face states."""
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The sizes that a `config.json` of timm or Hugging Face states."""
     if config.get('model_type') != 'swin':
-        return {}
-    for name, value in dict(
-        use_absolute_embeddings=False, qkv_bias=True, hidden_act='gelu', layer_norm_eps=1e-5
-    ).items():
-        if config.get(name, value) != value:
-            raise UserError(
-                f'config.json: {name} is {config[name]!r}, and a Swin here has {value!r}; choose another file'
-            )
+        return timm_fields(config, timm_architectures(MODELS, CATALOGUE))
+    require(config, dict(use_absolute_embeddings=False, qkv_bias=True, hidden_act='gelu', layer_norm_eps=1e-5))
     return dict(
         width=config.get('embed_dim', 96),
         depths=tuple(config.get('depths', (2, 2, 6, 2))),
@@ -158,7 +152,13 @@ FAMILIES = (
             Origin('torchvision', r'features\.1\.0\.attn\.relative_position_bias_table', _torchvision, _IGNORED),
             Origin('microsoft', r'layers\.0\.downsample\.reduction\.weight', _microsoft, _IGNORED),
             Origin('timm', r'layers\.0\.blocks\.0\.attn\.relative_position_bias_table', _timm, _IGNORED),
-            Origin('transformers', r'swin\.embeddings\.patch_embeddings\.projection\.weight', _transformers, _IGNORED),
+            Origin(
+                'transformers',
+                r'encoder\.layers\.0\.blocks\.0\.layernorm_before\.weight',
+                _transformers,
+                _IGNORED,
+                prefix='swin.',
+            ),
         ),
         fits=lambda _: (
             stem_fit('backbone/stem'),

@@ -8,7 +8,7 @@ from flax import linen as nn
 from tl_jax.errors import UserError
 from tl_jax.models.t5 import T5
 from tl_jax.pretrained.catalogue import Entry
-from tl_jax.pretrained.maps.gpt2 import activation
+from tl_jax.pretrained.maps.hub_config import activation, require
 from tl_jax.pretrained.names import (
     Family,
     Origin,
@@ -57,11 +57,10 @@ _IGNORED = (
 )
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if config.get('model_type') != 't5':
-        return {}
-    if not config.get('is_encoder_decoder', True):
-        raise UserError('config.json: is_encoder_decoder = False is not supported; T5 has both here')
+        return None
+    require(config, {'is_encoder_decoder': True})
     gate, _, kind = config.get('feed_forward_proj', 'relu').rpartition('-')
     if gate not in ('', 'gated'):
         raise UserError(f'config.json: feed_forward_proj = {config["feed_forward_proj"]!r} is not supported')
@@ -78,7 +77,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         'head_dim': config.get('d_kv', 64),
         'mlp_width': config.get('d_ff', 2048),
         'gated': bool(gate),
-        'activation': activation(kind),
+        'activation': activation({'feed_forward_proj': kind}, 'feed_forward_proj'),
         'buckets': config.get('relative_attention_num_buckets', 32),
         'max_distance': config.get('relative_attention_max_distance', 128),
         'output': 'tied' if tied else 'dense',
@@ -100,7 +99,6 @@ _CHECKPOINTS = {
     'google-t5/t5-base': 't5_base',
     'google-t5/t5-large': 't5_large',
     'google/flan-t5-small': 't5_v1_1_small',
-    'google/flan-t5-base': 't5_v1_1_base',
 }
-# Their licences are in the cards, on the hub.
+# What transformers itself names. Their licences are in the cards, on the hub.
 CATALOGUE = {repo: Entry(model, f'hf://{repo}', '') for repo, model in _CHECKPOINTS.items()}

@@ -1,7 +1,11 @@
 """VGG: torchvision's names, and timm's, which differ after the convolutions."""
 
-from tl_jax.models.vgg import GRID, VGG
+from collections.abc import Mapping
+from typing import Any
+
+from tl_jax.models.vgg import GRID, MODELS, VGG
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.hub_config import timm_architectures, timm_fields
 from tl_jax.pretrained.names import COUNTERS, SAME, Family, Layout, Origin, Rule, conv, dense, norm, stem_fit
 
 # torchvision's linear layers, as convolutions: fc6 [out, channels · 7 · 7] over the 7×7 map, channels first.
@@ -49,14 +53,21 @@ def _timm(backbone: VGG | None) -> tuple[Rule, ...]:
     )
 
 
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields of an architecture of timm."""
+    return timm_fields(config, timm_architectures(MODELS, CATALOGUE))
+
+
 FAMILIES = (
     Family(
         VGG,
         (
-            Origin('torchvision', r'classifier\.[03]\.weight', _torchvision, COUNTERS),
             Origin('timm', r'pre_logits\.fc1\.weight', _timm, COUNTERS),
+            # MobileNetV3 has this `classifier`, too, but no convolution that is an item of `features`.
+            Origin('torchvision', r'features\.[1-9]\d*\.weight', _torchvision, COUNTERS),
         ),
         fits=lambda _: (stem_fit('backbone/stage1/conv1'),),
+        fields=_fields,
     ),
 )
 CATALOGUE = {

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from tl_jax.errors import UserError
-from tl_jax.models.transformer import ACTIVATIONS
-from tl_jax.models.vit import VisionTransformer, resize_positions
+from tl_jax.models.vit import MODELS, VisionTransformer, resize_positions
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
+from tl_jax.pretrained.maps.bert import unwritable
+from tl_jax.pretrained.maps.hub_config import activation, only, timm_architectures, timm_fields
 from tl_jax.pretrained.names import (
     OI,
     SAME,
@@ -113,7 +114,18 @@ def _transformers(backbone: VisionTransformer | None) -> tuple[Rule, ...]:
     rules = [rule for each in (prefix, '') for rule in (*_transformers_ends(each), *block_rules(each))]
     if backbone is not None and backbone.distilled:
         rules += [*dense('cls_classifier', 'head'), *dense('distillation_classifier', 'head/distillation')]
-    return (*rules, *dense('classifier', 'head'))
+    return (*rules, *_transformers_head(backbone))
+
+
+def _transformers_head(backbone: VisionTransformer | None) -> tuple[Rule, ...]:
+    head = dense('classifier', 'head')
+    if backbone is None or backbone.distilled:
+        return head
+    if backbone.layer_scale is not None and backbone.pool != 'token_mean':
+        return unwritable(head, f'model.pool={backbone.pool!r} with layer scales')
+    if backbone.representation_size is not None:
+        return unwritable(head, f'model.representation_size={backbone.representation_size}')
+    return head
 
 
 def _transformers_ends(prefix: str) -> tuple[Rule, ...]:
@@ -238,39 +250,50 @@ def _fits(backbone: VisionTransformer | None) -> tuple[Fit, ...]:
     return stem, Fit('params/backbone/position', resize, f'resized to a grid of {backbone.grid}')
 
 
-_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'swish': 'silu'}
+def _refused_by_transformers(backbone: VisionTransformer) -> str:
+    pools = ('token',) if backbone.layer_scale is None else ('token', 'token_mean')
+    return only(backbone, pool=pools, final_norm=('before_pool',))
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _refused_by_google(backbone: VisionTransformer, *pools: str) -> str:
+    """Both of Google's have a class token for its own sake alone."""
+    own = ('token',) if backbone.use_cls else pools
+    return only(backbone, pool=own, final_norm=('before_pool',), activation=('gelu', 'gelu_tanh'))
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The sizes that a `config.json` of timm or Hugging Face states."""
     if isinstance(config.get('architecture'), str):
         return _timm_fields(config)
     kind = config.get('model_type')
     if kind not in ('vit', 'deit', 'dinov2', 'dinov2_with_registers'):
-        return {}
+        return None
+    architectures = config.get('architectures') or ()
+    if 'DeiTForImageClassification' in architectures:
+        raise UserError(
+            'config.json: DeiTForImageClassification has a distillation token and no head on it, as no model here; load '
+            'the file out of its folder into a distilled model with a fresh head'
+        )
     width = config.get('hidden_size', 768)
-    activation = config.get('hidden_act', 'gelu')
     fields = dict(
         width=width,
         depth=config.get('num_hidden_layers', 12),
         heads=config.get('num_attention_heads', 12),
         patch_size=_side(config, 'patch_size', 14 if kind == 'dinov2' else 16),
         image_size=_pair(config.get('image_size', 224)),
-        activation=_ACTIVATIONS.get(activation, activation),
+        activation=activation(config, 'hidden_act'),
         qkv_bias=config.get('qkv_bias', True),
         epsilon=config.get('layer_norm_eps', 1e-6 if kind.startswith('dinov2') else 1e-12),
         antialias=kind == 'dinov2_with_registers',
     )
-    if fields['activation'] not in ACTIVATIONS:
-        raise UserError(f'config.json: hidden_act is {activation!r}, which is none of {", ".join(ACTIVATIONS)}')
     if not kind.startswith('dinov2'):
         fields |= dict(mlp_width=config.get('intermediate_size', 3072), distilled=kind == 'deit')
         # A bare ViTModel was saved with its pooler, classifiers were not.
-        pooled = config.get('architectures') == ['ViTModel'] and config.get('pooler_act', 'tanh') == 'tanh'
+        pooled = architectures == ['ViTModel'] and config.get('pooler_act', 'tanh') == 'tanh'
         return fields | ({'representation_size': config.get('pooler_output_size') or width} if pooled else {})
     mlp_width = int(width * config.get('mlp_ratio', 4))
     swiglu = config.get('use_swiglu_ffn', False)
-    classifier = any('ForImageClassification' in name for name in config.get('architectures') or ())
+    classifier = any('ForImageClassification' in name for name in architectures)
     return fields | dict(
         mlp='swiglu' if swiglu else 'mlp',
         mlp_width=(mlp_width * 2 // 3 + 7) // 8 * 8 if swiglu else mlp_width,
@@ -280,11 +303,17 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    size = config.get('pretrained_cfg', {}).get('input_size')
-    fields = {'image_size': tuple(size[1:])} if size else {}
-    # timm adds the class token's position to the token.
-    return fields | ({'embed_prefix': False} if '_reg4_dinov2' in config['architecture'] else {})
+def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """By the architecture, whose name ends in an image size that ours lack: `vit_base_patch16_384`."""
+    known = timm_architectures(MODELS, CATALOGUE)
+    name, size = config['architecture'], config.get('pretrained_cfg', {}).get('input_size')
+    model, _, pixels = name.rpartition('_')
+    if model in MODELS and pixels.isdecimal():
+        known[name] = known[model] | {'image_size': int(pixels)}
+    fields = timm_fields(config, known, pool='token')
+    if fields is not None and size:
+        fields['image_size'] = tuple(size[1:])
+    return fields
 
 
 def _pair(value: Any) -> int | tuple[int, int]:
@@ -309,20 +338,33 @@ FAMILIES = (
                 r'blocks\.0\.attn\.qkv\.weight',
                 _timm,
                 ((r'mask_token', 'stands for masked patches in pretraining'),),
+                refuses=functools.partial(only, pool=('token', 'mean', 'map')),
             ),
-            Origin('torchvision', r'encoder\.layers\.encoder_layer_0\.ln_1\.weight', _torchvision),
+            Origin(
+                'torchvision',
+                r'encoder\.layers\.encoder_layer_0\.ln_1\.weight',
+                _torchvision,
+                refuses=functools.partial(only, pool=('token',), final_norm=('before_pool',), activation=('gelu',)),
+            ),
             Origin(
                 'transformers',
-                r'((vit|deit|dinov2|dinov2_with_registers)\.)?embeddings\.patch_embeddings\.projection\.weight',
+                r'((vit|deit|dinov2|dinov2_with_registers)\.)?embeddings\.cls_token',
                 _transformers,
                 ((r'(.*\.)?embeddings\.mask_token', 'stands for masked patches in pretraining'),),
+                refuses=_refused_by_transformers,
             ),
             Origin(
                 'google',
                 r'Transformer/posembed_input/pos_embedding',
                 lambda backbone: _google(backbone, 'Transformer/posembed_input/pos_embedding', 1, 3, 2),
+                refuses=lambda backbone: _refused_by_google(backbone, 'mean'),
             ),
-            Origin('big_vision', r'pos_embedding', lambda backbone: _google(backbone, 'pos_embedding', 0, 0, 1)),
+            Origin(
+                'big_vision',
+                r'pos_embedding',
+                lambda backbone: _google(backbone, 'pos_embedding', 0, 0, 1),
+                refuses=lambda backbone: _refused_by_google(backbone, 'mean', 'map'),
+            ),
         ),
         fits=_fits,
         fields=_fields,
