@@ -9,7 +9,7 @@ def torchvision_v2(stages, width):
     import torch_side  # noqa: F401
     from torchvision.models.mobilenetv2 import MobileNetV2
 
-    return MobileNetV2(CLASSES, width, stages and [list(stage) for stage in stages], dropout=0.0)
+    return MobileNetV2(CLASSES, width, [list(stage) for stage in stages], dropout=0.0)
 
 
 def torchvision_v3(blocks, dense_width, width):
@@ -116,16 +116,6 @@ CASES = (
         torchvision_outputs(9),
         images(4, 128),
         train=True,
-    ),
-    # All 17 blocks: in training mode random ones amplify float32's rounding beyond the tolerance, torch's own too.
-    Case(
-        'mobilenet_v2_torchvision_deep',
-        'mobilenet_v2',
-        dict(width=0.5),
-        'torchvision',
-        lambda: torchvision_v2(None, 0.5),
-        torchvision_outputs(17),
-        images(4, 96),
     ),
     Case(
         'mobilenet_v2_timm',
