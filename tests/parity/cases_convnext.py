@@ -1,6 +1,6 @@
 """ConvNeXts of torchvision, timm and transformers."""
 
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, timm_network, torchvision_network
 
 from tl_jax.models.convnext import MODELS
 
@@ -117,20 +117,6 @@ CASES = (
 )
 
 
-def torchvision_model(name):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
-def timm_model(name):
-    import timm
-    import torch_side  # noqa: F401
-
-    return timm.create_model(name)
-
-
 def transformers_model(version, stage_sizes, widths):
     import transformers
 
@@ -145,10 +131,10 @@ _TIMM = (
 )
 SIZES = (
     *(
-        (f'convnext_{size}', 1000, {}, 'torchvision', lambda size=size: torchvision_model(f'convnext_{size}'))
+        (f'convnext_{size}', 1000, {}, 'torchvision', lambda size=size: torchvision_network(f'convnext_{size}'))
         for size in ('tiny', 'small', 'base', 'large')
     ),
-    *((name, 1000, {}, 'timm', lambda name=name: timm_model(name)) for name in _TIMM),
+    *((name, 1000, {}, 'timm', lambda name=name: timm_network(name)) for name in _TIMM),
     *(
         (
             name,

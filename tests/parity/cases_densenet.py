@@ -1,6 +1,6 @@
 """DenseNets of torchvision and of timm, whose names agree."""
 
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, timm_network, torchvision_network
 
 _FIELDS = dict(stage_sizes=(2, 1, 2), growth=6, stem_width=12, bottleneck=3)
 _ENDPOINTS = {
@@ -67,22 +67,8 @@ CASES = (
 )
 
 
-def torchvision_model(name):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
-def timm_model(name):
-    import timm
-    import torch_side  # noqa: F401
-
-    return timm.create_model(name)
-
-
 SIZES = tuple(
     (f'densenet{depth}', 1000, {}, 'torchvision', lambda name=f'densenet{depth}', build=build: build(name))
     for depth in (121, 161, 169, 201)
-    for build in (torchvision_model, timm_model)
+    for build in (torchvision_network, timm_network)
 )

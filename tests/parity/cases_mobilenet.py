@@ -2,7 +2,7 @@
 
 import functools
 
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, timm_network, torchvision_network
 
 
 def torchvision_v2(stages, width):
@@ -164,29 +164,15 @@ CASES = (
 )
 
 
-def torchvision_model(name, **kwargs):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None, **kwargs)
-
-
-def timm_by_name(name):
-    import timm
-    import torch_side  # noqa: F401
-
-    return timm.create_model(name)
-
-
 SIZES = (
-    ('mobilenet_v1', 1000, {}, 'timm', lambda: timm_by_name('mobilenetv1_100')),
-    ('mobilenet_v1', 1000, dict(width=1.25), 'timm', lambda: timm_by_name('mobilenetv1_125')),
-    ('mobilenet_v2', 1000, {}, 'torchvision', lambda: torchvision_model('mobilenet_v2')),
-    ('mobilenet_v2', 1000, {}, 'timm', lambda: timm_by_name('mobilenetv2_100')),
-    ('mobilenet_v2', 1000, dict(width=1.4), 'timm', lambda: timm_by_name('mobilenetv2_140')),
-    ('mobilenet_v2', 1000, dict(width=0.5), 'timm', lambda: timm_by_name('mobilenetv2_050')),
-    ('mobilenet_v3_large', 1000, {}, 'torchvision', lambda: torchvision_model('mobilenet_v3_large')),
-    ('mobilenet_v3_small', 1000, {}, 'torchvision', lambda: torchvision_model('mobilenet_v3_small')),
-    ('mobilenet_v3_large', 1000, {}, 'timm', lambda: timm_by_name('mobilenetv3_large_100')),
-    ('mobilenet_v3_small', 1000, {}, 'timm', lambda: timm_by_name('mobilenetv3_small_100')),
+    ('mobilenet_v1', 1000, {}, 'timm', lambda: timm_network('mobilenetv1_100')),
+    ('mobilenet_v1', 1000, dict(width=1.25), 'timm', lambda: timm_network('mobilenetv1_125')),
+    ('mobilenet_v2', 1000, {}, 'torchvision', lambda: torchvision_network('mobilenet_v2')),
+    ('mobilenet_v2', 1000, {}, 'timm', lambda: timm_network('mobilenetv2_100')),
+    ('mobilenet_v2', 1000, dict(width=1.4), 'timm', lambda: timm_network('mobilenetv2_140')),
+    ('mobilenet_v2', 1000, dict(width=0.5), 'timm', lambda: timm_network('mobilenetv2_050')),
+    ('mobilenet_v3_large', 1000, {}, 'torchvision', lambda: torchvision_network('mobilenet_v3_large')),
+    ('mobilenet_v3_small', 1000, {}, 'torchvision', lambda: torchvision_network('mobilenet_v3_small')),
+    ('mobilenet_v3_large', 1000, {}, 'timm', lambda: timm_network('mobilenetv3_large_100')),
+    ('mobilenet_v3_small', 1000, {}, 'timm', lambda: timm_network('mobilenetv3_small_100')),
 )

@@ -1,6 +1,6 @@
 """Residual networks of torchvision and timm, and the CIFAR ones, whose shortcut A both lack."""
 
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, timm_network, torchvision_network
 
 _SMALL = dict(widths=(8, 16, 24, 32), stem_width=8)
 _STAGES = {'stem': 'relu', **{f'stage{i}': f'layer{i}' for i in range(1, 5)}, 'features': 'avgpool'}
@@ -155,20 +155,6 @@ CASES = (
 )
 
 
-def torchvision_model(name):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
-def timm_model(name):
-    import timm
-    import torch_side  # noqa: F401
-
-    return timm.create_model(name)
-
-
 _TORCHVISION = (
     *(f'resnet{depth}' for depth in (18, 34, 50, 101, 152)),
     *('resnext50_32x4d', 'resnext101_32x8d', 'resnext101_64x4d', 'wide_resnet50_2', 'wide_resnet101_2'),
@@ -189,6 +175,6 @@ _TIMM = (
     *('seresnext26t_32x4d', 'seresnext50_32x4d', 'seresnext101_64x4d', 'seresnext101d_32x8d'),
 )
 SIZES = (
-    *((name, 1000, {}, 'torchvision', lambda name=name: torchvision_model(name)) for name in _TORCHVISION),
-    *((name, 1000, {}, 'timm', lambda name=name: timm_model(name)) for name in _TIMM),
+    *((name, 1000, {}, 'torchvision', lambda name=name: torchvision_network(name)) for name in _TORCHVISION),
+    *((name, 1000, {}, 'timm', lambda name=name: timm_network(name)) for name in _TIMM),
 )

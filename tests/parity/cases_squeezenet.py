@@ -1,6 +1,6 @@
 """SqueezeNets of torchvision, and Caffe's network under ncnn's names, whose images are BGR."""
 
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, torchvision_network
 
 _WIDTHS = (8, 6, 9, 7)
 _FIELDS = dict(stage_sizes=(2, 1, 1), widths=_WIDTHS, squeeze=3, stem_width=10, classes=CLASSES)
@@ -110,14 +110,7 @@ CASES = (
 )
 
 
-def torchvision_model(name):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
 SIZES = tuple(
-    (name, None, dict(classes=1000), 'torchvision', lambda name=name: torchvision_model(name))
+    (name, None, dict(classes=1000), 'torchvision', lambda name=name: torchvision_network(name))
     for name in ('squeezenet1_0', 'squeezenet1_1')
 )

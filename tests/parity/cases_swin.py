@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, timm_network, torchvision_network
 
 _SMALL = dict(width=12, depths=(2, 3, 1), heads=(1, 2, 3))
 
@@ -133,20 +133,6 @@ CASES = (
 )
 
 
-def torchvision_model(name):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
-def timm_model(name):
-    import timm
-    import torch_side  # noqa: F401
-
-    return timm.create_model(name)
-
-
 _TIMM = (
     *(f'swin_{size}_patch4_window7_224' for size in ('tiny', 'small', 'base', 'large')),
     *(f'swin_{size}_patch4_window12_384' for size in ('base', 'large')),
@@ -159,11 +145,11 @@ SIZES = (
             1000,
             {},
             'torchvision',
-            lambda name=name: torchvision_model(name),
+            lambda name=name: torchvision_network(name),
             np.zeros((1, 224, 224, 3), np.float32),
             (r'.*relative_position_index',),
         )
         for name in ('swin_t', 'swin_s', 'swin_b')
     ),
-    *((name, 1000, {}, 'timm', lambda name=name: timm_model(name)) for name in _TIMM),
+    *((name, 1000, {}, 'timm', lambda name=name: timm_network(name)) for name in _TIMM),
 )

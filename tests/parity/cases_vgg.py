@@ -1,6 +1,6 @@
 """VGG of torchvision and of timm, which differ for images of other sizes than 224 pixels."""
 
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, timm_network, torchvision_network
 
 _SIZES, _WIDTHS, _HIDDEN = (1, 2, 1, 1, 2), (4, 5, 6, 7, 5), 12
 _FIELDS = dict(stage_sizes=_SIZES, widths=_WIDTHS, hidden=_HIDDEN)
@@ -96,23 +96,9 @@ CASES = (
 )
 
 
-def torchvision_model(name):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
-def timm_model(name):
-    import timm
-    import torch_side  # noqa: F401
-
-    return timm.create_model(name)
-
-
 SIZES = tuple(
     (f'vgg{depth}{suffix}', 1000, {}, origin, lambda name=f'vgg{depth}{suffix}', build=build: build(name))
     for depth in (11, 13, 16, 19)
     for suffix in ('', '_bn')
-    for origin, build in (('torchvision', torchvision_model), ('timm', timm_model))
+    for origin, build in (('torchvision', torchvision_network), ('timm', timm_network))
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from parity_harness import CLASSES, Case, images
+from parity_harness import CLASSES, Case, images, timm_network, torchvision_network
 
 SMALL = dict(width=24, depth=2, heads=3, patch_size=8, image_size=32)
 
@@ -376,23 +376,9 @@ def _swiglu():
     return dict(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU)
 
 
-def timm_model(name):
-    import timm
-    import torch_side  # noqa: F401
-
-    return timm.create_model(name)
-
-
-def torchvision_model(name):
-    import torch_side  # noqa: F401
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
 SIZES = (
     *(
-        (ours, classes, fields, 'timm', functools.partial(timm_model, theirs))
+        (ours, classes, fields, 'timm', functools.partial(timm_network, theirs))
         for ours, theirs, classes, fields in (
             ('vit_tiny_patch16', 'vit_tiny_patch16_224', 1000, {}),
             ('vit_small_patch32', 'vit_small_patch32_384', 1000, {'image_size': 384}),
@@ -404,7 +390,7 @@ SIZES = (
         )
     ),
     *(
-        (ours, 1000, {}, 'torchvision', functools.partial(torchvision_model, theirs))
+        (ours, 1000, {}, 'torchvision', functools.partial(torchvision_network, theirs))
         for ours, theirs in (('vit_base_patch16', 'vit_b_16'), ('vit_large_patch32', 'vit_l_32'))
     ),
     (

@@ -72,6 +72,22 @@ def images(batch: int, height: int, width: int | None = None, channels: int = 3)
     return lambda rng: rng.standard_normal((batch, height, width or height, channels), np.float32)
 
 
+def torchvision_network(name: str, **fields: Any) -> Any:
+    """torchvision's own network of that name, at a random start."""
+    import torch_side  # noqa: F401
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None, **fields)
+
+
+def timm_network(name: str, **fields: Any) -> Any:
+    """timm's own network of that name, at a random start."""
+    import timm
+    import torch_side  # noqa: F401
+
+    return timm.create_model(name, **fields)
+
+
 def created(case: Case, **fields: Any) -> tuple[Any, Any, Any]:
     """Our module, its variables drawn from their paths, and the inputs."""
     module = create_model(case.model, num_classes=case.num_classes, **{**case.fields, **fields})
