@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.ready  ## transfer a shipped MNIST network to other people's digits, 5 labels a class
 	$(BIN)/python launch.py --mode=sweep --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: $(VENV)/.ready  ## the fast tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.ready  ## the fast tests, on every core up to four
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 photos: $(VENV)/.ready  ## ImageNet MobileNetV2 to ants and bees; needs ../shared
 	mkdir -p runs/hymenoptera && tar -xf ../shared/data/hymenoptera.tar -C runs/hymenoptera
