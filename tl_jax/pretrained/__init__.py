@@ -282,9 +282,10 @@ def _classes(opened: _Opened, backbone: nn.Module) -> int | None:
     for name, tensor in opened.contents.tensors.items():
         found = names.target(name_map, short[name])
         if found and found.paths == ('params/head/kernel',):
-            # The last axis of our layout, found on an array that has no memory of its own.
+            # [in, out] in our layout, found on an array that has no memory of its own.
             with contextlib.suppress(ValueError):  # of a tensor that is no such kernel, which the account will refuse
-                return found.layout.read(np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)).shape[-1]
+                _, width = found.layout.read(np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)).shape
+                return width
     return None
 
 
