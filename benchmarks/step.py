@@ -60,6 +60,7 @@ def _timm(name: str) -> Callable:
 
 
 def _bert_mini():
+    import_torchvision()  # which transformers imports, if it is there
     import transformers
 
     config = transformers.BertConfig(
