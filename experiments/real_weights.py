@@ -145,13 +145,11 @@ def main() -> int:
 def row(results: list[dict[str, Any]], file: File) -> Iterator[tuple[Callable, dict[str, Any]]]:
     """Opens a file; gives its network as (images, endpoint) -> array, and the figures to fill in."""
     began = time.monotonic()
-    module = models.create_model(file.model, num_classes=None, **file.fields)
     account = io.StringIO()
     with contextlib.redirect_stdout(account):
         variables = pretrained.load_pretrained(file.model, WEIGHTS / file.path, **file.fields)
-    if 'head' in variables['params']:
-        classes = variables['params']['head']['bias'].shape[0]
-        module = models.create_model(file.model, num_classes=classes, **file.fields)
+    head = variables['params'].get('head')
+    module = models.create_model(file.model, num_classes=head and len(head['bias']), **file.fields)
     apply = jax.jit(lambda v, x: module.apply(v, x))
 
     def run(images: Images, endpoint: str, batch: int = 100) -> Float[np.ndarray, 'n dim']:

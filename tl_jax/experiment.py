@@ -189,8 +189,7 @@ def model_from(
       load: whether to read `source`.
       **overrides: the architecture's own fields.
     """
-    width = classes if num_classes is None else num_classes
-    module = models.create_model(name, num_classes=width or None, dtype=dtype, **overrides)
+    module = module_from(name=name, num_classes=num_classes, classes=classes, dtype=dtype, **overrides)
 
     def init(key, inputs):
         variables = dict(jax.jit(lambda k, x: module.init(k, x, train=False))(key, inputs))
@@ -204,6 +203,12 @@ def model_from(
         return module.apply(variables, features, train, rngs=rngs, method='classify')
 
     return Model(init, module.apply, classify)
+
+
+def module_from(*, name: str, num_classes: int | None = None, classes: int, **overrides: Any) -> models.Classifier:
+    """The Linen module of a model's section: with the data's number of classes unless it states its own, 0 for no head."""
+    width = classes if num_classes is None else num_classes
+    return models.create_model(name, num_classes=width or None, **overrides)
 
 
 def _check_width(model: Mapping[str, Any], batch: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 
 from tl_jax import data as data_lib
 from tl_jax import mesh as mesh_lib
-from tl_jax import models, pretrained, trees
+from tl_jax import pretrained, trees
 from tl_jax.config import call
 from tl_jax.errors import UserError
 from tl_jax.evaluate import Predictions, create_eval_step, evaluate
-from tl_jax.experiment import model_from
+from tl_jax.experiment import model_from, module_from
 from tl_jax.objectives import inputs_of
 
 
@@ -62,10 +62,7 @@ def trained(workdir: Path) -> Trained:
 def network(workdir: Path) -> tuple[Any, dict[str, Any]]:
     """The Linen module of a finished run and all variables that it left; errors as `trained`."""
     _, contents, about = _opened(workdir)
-    fields = {**about['model'], 'dtype': about['dtype']}
-    width = fields.pop('num_classes', None)
-    width = len(about['class_names']) if width is None else width
-    module = models.create_model(**fields, num_classes=width or None)
+    module = module_from(**about['model'], classes=len(about['class_names']), dtype=about['dtype'])
     return module, trees.unflatten({path: np.asarray(tensor.array()) for path, tensor in contents.tensors.items()})
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import real_weights
 from tl_jax.models import create_model
 from tl_jax.pretrained import load_pretrained
 
@@ -102,20 +103,7 @@ def test_imagenet_mobilenets(name, file, fields, size, tensors, least, shared, p
 def test_doodlenet(shared, capsys):
     """It takes ink of 1 on paper of 0."""
     names = shared('weights/doodlenet_tfjs/class_names.txt').read_text().splitlines()
-    sketches = drawn()
+    sketches = real_weights.sketches()
     found = logits('doodlenet', shared('weights/doodlenet_tfjs/model.json'), np.stack(list(sketches.values())))
     assert [names[i] for i in found.argmax(1)] == list(sketches)
     assert 'used     16 tensors' in capsys.readouterr().out
-
-
-def drawn():
-    """Sketches [28, 28, 1] by the name of what they show."""
-    row, column = np.mgrid[:28, :28].astype(np.float32)
-    x, y = abs(column - 13.5), abs(row - 13.5)
-    sides = np.minimum(26.5 - row, abs((row - 1) / 2 - x))
-    distances = {
-        'circle': abs(np.hypot(x, y) - 11.5),
-        'square': abs(np.maximum(x, y) - 12.5),
-        'triangle': np.where(x <= row / 2 + 1, abs(sides), 9),
-    }
-    return {name: np.clip(1.5 - distance, 0, 1)[..., None] for name, distance in distances.items()}

@@ -61,6 +61,11 @@ def export_pretrained(
 
 def foreign_tensors(leaves: Mapping[str, Any], name_map: NameMap) -> dict[str, np.ndarray]:
     """Returns `{their name: tensor in their layout}` of flat variables `{path: leaf}`; errors as `export_pretrained`."""
+    if name_map.refuses_head and any(path.startswith('params/head/') for path in leaves):
+        raise UserError(
+            f'origin: {name_map.origin} has its heads on other features than {name_map.refuses_head} gives; the backbone '
+            "alone is the same there: export it without the head, or choose 'tl_jax'"
+        )
     tensors: dict[str, np.ndarray] = {}
     homeless = []
     for path in leaves:

@@ -55,6 +55,8 @@ class Origin(NamedTuple):
       prefix: before the backbone's names in files of whole models, and not in files of the bare one (`bert.`).
       refuses: backbone module -> why the origin's network computes something else though its tensors have names there, such
         as another pooling; '' where it does not. Asked before an export.
+      refuses_head: backbone module -> what of it has the origin's heads take other features than ours; '' if they do not.
+        Its heads are read and never written.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Origin(NamedTuple):
     ignored: tuple[tuple[str, str], ...] = ()
     prefix: str = ''
     refuses: Callable[[nn.Module], str] = lambda backbone: ''
+    refuses_head: Callable[[nn.Module], str] = lambda backbone: ''
 
 
 class Fit(NamedTuple):
@@ -104,6 +107,7 @@ class NameMap(NamedTuple):
     ignored: tuple[tuple[str, str], ...] = ()
     prefix: str = ''
     fits: tuple[Fit, ...] = ()
+    refuses_head: str = ''
 
 
 class Target(NamedTuple):

@@ -140,10 +140,10 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Any], metadata: 
     path = Path(path)
     if path.suffix != '.safetensors':
         raise UserError(f"{path}: the format is safetensors; give the file the suffix '.safetensors'")
-    arrays = {name: np.asarray(tensor, order='C') for name, tensor in tensors.items()}
-    text = {name: str(value) for name, value in metadata.items()}
     if not path.parent.is_dir():
         raise UserError(f'{path}: there is no folder {path.parent}; make it first')
+    arrays = {name: np.asarray(tensor, order='C') for name, tensor in tensors.items()}
+    text = {name: str(value) for name, value in metadata.items()}
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
         safetensors.numpy.save_file(arrays, partial, metadata=text)

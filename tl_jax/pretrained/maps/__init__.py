@@ -111,7 +111,8 @@ def name_map(origin: str, backbone: nn.Module) -> NameMap:
 
 def _name_map(origin: Origin, backbone: nn.Module | None, family: Family | None) -> NameMap:
     fits = tuple(family.fits(backbone)) if family else ()
-    return NameMap(origin.name, tuple(origin.rules(backbone)), origin.ignored, origin.prefix, fits)
+    other_features = origin.refuses_head(backbone) if backbone is not None else ''
+    return NameMap(origin.name, tuple(origin.rules(backbone)), origin.ignored, origin.prefix, fits, other_features)
 
 
 def _marked(origin: Origin, names: Iterable[str]) -> bool:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flax import linen as nn
+
 from tl_jax.errors import UserError
 from tl_jax.models.bert import Bert
 from tl_jax.pretrained.catalogue import Entry
@@ -11,7 +13,6 @@ from tl_jax.pretrained.names import (
     SAME,
     Family,
     Fit,
-    Layout,
     Origin,
     Rule,
     dense,
@@ -102,26 +103,14 @@ def _rules(backbone: Bert | None) -> tuple[Rule, ...]:
         *prefixed(f'{kind}.', body),
         *(pooler if not backbone or backbone.pool == 'pooler' else nowhere(pooler)),
         *(mlm if backbone and backbone.mlm_head else nowhere(mlm)),
-        *pooled_head(_HEAD[kind], backbone.pool if backbone else 'pooler'),
+        *dense(_HEAD[kind], 'head'),
         *body,
     )
 
 
-def pooled_head(theirs: str, pool: str) -> tuple[Rule, ...]:
-    """The head of a ForSequenceClassification, which stands on the pooler: one on another pool is read and never written."""
-    return dense(theirs, 'head') if pool == 'pooler' else unwritable(dense(theirs, 'head'), f'model.pool={pool!r}')
-
-
-def unwritable(rules: tuple[Rule, ...], what: str) -> tuple[Rule, ...]:
-    """The rules of a head, with layouts that refuse to write it: the origin's would take other features."""
-
-    def refuse(leaf: Any) -> Any:
-        raise UserError(
-            f'origin: transformers has its heads on other features than {what} gives; the backbone alone is the same '
-            "there: export it without the head, or choose 'tl_jax'"
-        )
-
-    return tuple(rule._replace(layout=Layout(rule.layout.read, refuse)) for rule in rules)
+def other_pool(backbone: nn.Module) -> str:
+    """What has a ForSequenceClassification's head, which stands on the pooler, take other features than ours."""
+    return '' if backbone.pool == 'pooler' else f'model.pool={backbone.pool!r}'
 
 
 def prefixed(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -200,6 +189,7 @@ FAMILIES = (
                 r'|(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\.weight',
                 _rules,
                 IGNORED,
+                refuses_head=other_pool,
             ),
         ),
         fits=lambda _: (Fit('params/backbone/position/embedding', _first_positions, 'cut to the first positions'),),

@@ -6,7 +6,7 @@ from typing import Any
 from tl_jax.errors import UserError
 from tl_jax.models.deberta import Deberta
 from tl_jax.pretrained.catalogue import Entry
-from tl_jax.pretrained.maps.bert import encoder_norm, pool_of, pooled_head, prefixed
+from tl_jax.pretrained.maps.bert import encoder_norm, other_pool, pool_of, prefixed
 from tl_jax.pretrained.maps.hub_config import activation, require
 from tl_jax.pretrained.names import (
     Family,
@@ -46,10 +46,9 @@ def _body() -> tuple[Rule, ...]:
 
 def _rules(backbone: Deberta | None) -> tuple[Rule, ...]:
     body, pooler = _body(), dense('pooler.dense', 'backbone/pooler')
-    pool = backbone.pool if backbone else 'pooler'
-    if pool != 'pooler':
+    if backbone and backbone.pool != 'pooler':
         pooler = nowhere(pooler)
-    return (*prefixed('deberta.', body), *pooler, *pooled_head('classifier', pool), *body)
+    return (*prefixed('deberta.', body), *pooler, *dense('classifier', 'head'), *body)
 
 
 # Of DebertaV2Config.
@@ -127,6 +126,7 @@ FAMILIES = (
                     (r'lm_predictions\..*|cls\.predictions\..*', 'of the masked language model'),
                     (r'mask_predictions\..*', 'which tokens were replaced'),
                 ),
+                refuses_head=other_pool,
             ),
         ),
         fields=_fields,

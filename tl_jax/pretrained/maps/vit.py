@@ -9,7 +9,6 @@ import numpy as np
 from tl_jax.errors import UserError
 from tl_jax.models.vit import MODELS, VisionTransformer, resize_positions
 from tl_jax.pretrained.catalogue import Entry, Preprocessing
-from tl_jax.pretrained.maps.bert import unwritable
 from tl_jax.pretrained.maps.hub_config import activation, only, timm_architectures, timm_fields
 from tl_jax.pretrained.names import (
     OI,
@@ -114,18 +113,7 @@ def _transformers(backbone: VisionTransformer | None) -> tuple[Rule, ...]:
     rules = [rule for each in (prefix, '') for rule in (*_transformers_ends(each), *block_rules(each))]
     if backbone is not None and backbone.distilled:
         rules += [*dense('cls_classifier', 'head'), *dense('distillation_classifier', 'head/distillation')]
-    return (*rules, *_transformers_head(backbone))
-
-
-def _transformers_head(backbone: VisionTransformer | None) -> tuple[Rule, ...]:
-    head = dense('classifier', 'head')
-    if backbone is None or backbone.distilled:
-        return head
-    if backbone.layer_scale is not None and backbone.pool != 'token_mean':
-        return unwritable(head, f'model.pool={backbone.pool!r} with layer scales')
-    if backbone.representation_size is not None:
-        return unwritable(head, f'model.representation_size={backbone.representation_size}')
-    return head
+    return (*rules, *dense('classifier', 'head'))
 
 
 def _transformers_ends(prefix: str) -> tuple[Rule, ...]:
@@ -255,6 +243,15 @@ def _refused_by_transformers(backbone: VisionTransformer) -> str:
     return only(backbone, pool=pools, final_norm=('before_pool',))
 
 
+def _head_refused_by_transformers(backbone: VisionTransformer) -> str:
+    if backbone.distilled:
+        return ''
+    if backbone.layer_scale is not None and backbone.pool != 'token_mean':
+        return f'model.pool={backbone.pool!r} with layer scales'
+    size = backbone.representation_size
+    return '' if size is None else f'model.representation_size={size}'
+
+
 def _refused_by_google(backbone: VisionTransformer, *pools: str) -> str:
     """Both of Google's have a class token for its own sake alone."""
     own = ('token',) if backbone.use_cls else pools
@@ -352,6 +349,7 @@ FAMILIES = (
                 _transformers,
                 ((r'(.*\.)?embeddings\.mask_token', 'stands for masked patches in pretraining'),),
                 refuses=_refused_by_transformers,
+                refuses_head=_head_refused_by_transformers,
             ),
             Origin(
                 'google',
