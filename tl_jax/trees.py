@@ -61,7 +61,7 @@ def match(rules: Rules, paths: Iterable[str], *, field: str, default: Any = REQU
             why = (
                 f"every leaf it matches, such as '{shadowed[0]}', is taken by an earlier rule; reorder or remove it"
                 if shadowed
-                else f'it matches no leaf; {_nearest_paths(pattern.pattern, paths)}'
+                else f'it matches no leaf; {nearest_paths(pattern.pattern, paths)}'
             )
             raise UserError(f"{field}[{i}]: the rule '{pattern.pattern}' does nothing: {why}")
     orphan = next((path for path, winner in winners.items() if winner is None), None)
@@ -96,7 +96,7 @@ def _compile(regex: str, field: str) -> re.Pattern:
         raise UserError(f"{field}: '{regex}' is not a regular expression: {error}") from None
 
 
-def _nearest_paths(regex: str, paths: Sequence[str]) -> str:
+def nearest_paths(regex: str, paths: Sequence[str]) -> str:
     """Suggests what to write for a regex that matched no leaf: a leaf that has its words, else a module like it."""
     words = [word for word in re.split(r'[^A-Za-z0-9_]+', regex) if len(word) > 1]
     hits = [path for path in paths if words and all(word in path for word in words)]

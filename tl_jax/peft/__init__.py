@@ -1,0 +1,1 @@
+"""Adapters that enter a model from outside, by rule."""

@@ -1,0 +1,300 @@
+"""How an adapter enters a network from outside: at the calls of the modules that a rule names. The network stays as it is.
+
+An adapted network is a `Model` like any other. Its adapters are the role `adapters`, `adapters/<adapter>/<module>/<leaf>`,
+and what of them never learns (random projections, indices) the collection `adapter_constants`, under the same names.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tl_jax import trees
+from tl_jax.errors import UserError
+from tl_jax.objectives.base import Model
+from tl_jax.trees import nearest_paths
+
+ROLE = 'adapters'
+CONSTANTS = 'adapter_constants'
+
+
+class Site(NamedTuple):
+    """A module of the network that an adapter changes.
+
+    Attributes:
+      path: of the module, as of its leaves: `backbone/block1/attention/query`.
+      kind: 'dense' (a kernel of two axes), 'conv' (of four), 'embed' (a table), or 'module' for anything else.
+      inputs: shape and dtype of its first argument.
+      outputs: shape and dtype of what it gives.
+      weights: `{leaf: shape and dtype}` of the leaves that are the module's own.
+      place: its number, from 0, among the adapter's sites in the order of their calls.
+      places: how many those are.
+    """
+
+    path: str
+    kind: str
+    inputs: Any
+    outputs: Any
+    weights: dict[str, Any]
+    place: int
+    places: int
+
+
+class Parts(NamedTuple):
+    """What an adapter has at one site, each `{leaf: array}`.
+
+    Attributes:
+      params: what learns.
+      constants: what does not.
+      weights: new values of leaves of the module itself, where the start must change them (PiSSA); from `init` only.
+    """
+
+    params: dict[str, Any]
+    constants: dict[str, Any] = {}  # noqa: RUF012 (a NamedTuple's default is never written to)
+    weights: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Call(NamedTuple):
+    """A module being called.
+
+    Attributes:
+      run: the module as it is (or as the adapters before this one have made it): `run(inputs, **changed keyword arguments)`.
+      inputs: its first argument.
+      kwargs: its keyword arguments, such as `mask`.
+      weights: its own leaves, for what needs them; an adapter that reads none costs no gradient of them.
+      drop: `drop(rate, x)`: dropout in training, the identity otherwise.
+    """
+
+    run: Callable
+    inputs: Any
+    kwargs: dict[str, Any]
+    weights: dict[str, Any]
+    drop: Callable
+
+
+class Adapter(NamedTuple):
+    """A parameter-efficient method; made by a constructor whose keyword arguments are the fields of `config.model.peft`.
+
+    Attributes:
+      init: (key, Site, weights) -> Parts, with which the network computes exactly what it did.
+      call: (Parts, Call, Site) -> the module's outputs; None where the network runs on the merged weights, whose dense
+        gradient it then cannot avoid.
+      merge: (Parts, weights, Site) -> the module's own leaves that have the adapter in them; None where none can.
+      unmerge: (Parts, merged weights, Site) -> the leaves before; None where they cannot be got back.
+      around: (`{path: Parts}`, apply, inputs) -> endpoints: what it does to the network's inputs and endpoints, `apply`
+        being the network with the sites adapted; None for nothing.
+      kinds: the kinds of site that it can change.
+      targets: a regex of module paths, or None for the family's own (`tl_jax.peft.targets`).
+    """
+
+    init: Callable
+    call: Callable | None = None
+    merge: Callable | None = None
+    unmerge: Callable | None = None
+    around: Callable | None = None
+    kinds: tuple[str, ...] = ('dense',)
+    targets: str | None = None
+
+
+def sites_of(model: Model, variables: Any, inputs: Any, adapter: Adapter, targets: str, field: str) -> tuple[Site, ...]:
+    """Finds the modules that a rule names, by their calls; nothing is computed.
+
+    Args:
+      model: the network.
+      variables: of it.
+      inputs: of it, one batch.
+      adapter: that is to enter.
+      targets: regex of module paths (`re.fullmatch`).
+      field: of the rule in the config, for error messages.
+
+    Raises:
+      UserError: the rule matches no module, or one of a kind that the adapter cannot change.
+    """
+    called: dict[str, tuple[Any, Any]] = {}
+
+    def record(run, args, kwargs, context):
+        outputs = run(*args, **kwargs)
+        if context.method_name == '__call__' and context.module.path:
+            called.setdefault('/'.join(context.module.path), (args[0] if args else None, outputs))
+        return outputs
+
+    def shapes(variables, inputs):
+        with nn.intercept_methods(record):
+            model.apply(variables, inputs, train=False)
+        return called
+
+    called = jax.eval_shape(shapes, variables, inputs)
+    found = [path for path in called if re.fullmatch(targets, path)]
+    if not found:
+        raise UserError(f"{field}: the rule '{targets}' names no module; {nearest_paths(targets, list(called))}")
+    sites = []
+    for place, path in enumerate(found):
+        weights = own_leaves(variables['params'], path)
+        kind = _kind(weights)
+        if kind not in adapter.kinds:
+            raise UserError(
+                f"{field}: '{path}' is a {kind}, and this adapter changes {' and '.join(adapter.kinds)}; narrow the rule"
+            )
+        leaves = {name: _shape(leaf) for name, leaf in weights.items()}
+        sites.append(Site(path, kind, *map(_shape, called[path]), leaves, place, len(found)))
+    return tuple(sites)
+
+
+def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active: Sequence[str] | None = None) -> Model:
+    """The network with adapters, each at the modules that its rule names; with those not `active` as if they were not there.
+
+    Args:
+      model: the network.
+      adapters: `{name: (adapter, regex of module paths)}`; where several meet, the later one is the outer one.
+      active: names of those that act; all unless given.
+    """
+    active = list(adapters) if active is None else list(active)
+    field = 'config.model.peft'
+    unknown = next((name for name in active if name not in adapters), None)
+    if unknown is not None:
+        raise UserError(f"{field}: there is no adapter '{unknown}' to switch on; there are {', '.join(adapters)}")
+
+    def init(key, inputs):
+        variables = dict(model.init(key, inputs))
+        params, constants = dict(variables['params']), {}
+        for number, (name, (adapter, targets)) in enumerate(adapters.items()):
+            mine = {}
+            for site in sites_of(model, variables, inputs, adapter, targets, f'{field}.{name}'):
+                drawn = jax.random.fold_in(jax.random.fold_in(key, number + 1), site.place)
+                mine[site.path] = adapter.init(drawn, site, own_leaves(params, site.path))
+                params = trees.merge(params, _nest({site.path: mine[site.path].weights}))
+            trained = {path: parts.params for path, parts in mine.items()}
+            params = trees.merge(params, {ROLE: {name: _nest(trained)}})
+            constants = trees.merge(constants, {name: _nest({path: parts.constants for path, parts in mine.items()})})
+        variables['params'] = params
+        if trees.flatten(constants):
+            variables[CONSTANTS] = {ROLE: constants}
+        return variables
+
+    def apply(variables, inputs, **options):
+        network, moved = without(variables), []
+        entering: dict[str, list] = {}
+        surrounding = []
+        for name in active:
+            adapter, targets = adapters[name]
+            # The sites again, by shape: a pure function cannot remember what `init` found.
+            sites = sites_of(model, network, inputs, adapter, targets, f'{field}.{name}')
+            mine = {site.path: parts_of(variables, name, site.path) for site in sites}
+            if adapter.call is None and adapter.merge is not None:
+                network = {**network, 'params': _merged(network['params'], adapter, sites, mine)}
+            elif adapter.call is not None:
+                for site in sites:
+                    entering.setdefault(site.path, []).append((adapter, site, mine[site.path]))
+            if adapter.around is not None:
+                surrounding.append((adapter.around, mine))
+
+        def run(inputs):
+            with nn.intercept_methods(_interceptor(entering, network['params'])):
+                outputs = model.apply(network, inputs, **options)
+            if not options.get('mutable'):
+                return outputs
+            moved.append(outputs[1])
+            return outputs[0]
+
+        for around, mine in surrounding:
+            run = lambda inputs, around=around, mine=mine, run=run: around(mine, run, inputs)
+        endpoints = run(inputs)
+        return (endpoints, moved[-1]) if options.get('mutable') else endpoints
+
+    def classify(variables, features, **options):
+        return model.classify(without(variables), features, **options)
+
+    return Model(init, apply, classify)
+
+
+def merged(model: Model, adapters: Mapping[str, tuple[Adapter, str]], variables: Any, inputs: Any) -> dict[str, Any]:
+    """The variables of the plain network that computes what the adapted one does.
+
+    Raises:
+      UserError: an adapter cannot be merged.
+    """
+    network = without(variables)
+    for name, (adapter, targets) in adapters.items():
+        if adapter.merge is None or adapter.around is not None:
+            raise UserError(
+                f'config.model.peft.{name}: acts on activations, which no weights can hold; it cannot be merged'
+            )
+        sites = sites_of(model, network, inputs, adapter, targets, f'config.model.peft.{name}')
+        mine = {site.path: parts_of(variables, name, site.path) for site in sites}
+        network = {**network, 'params': _merged(network['params'], adapter, sites, mine)}
+    return network
+
+
+def without(variables: Any) -> dict[str, Any]:
+    """The network's own variables."""
+    own = {name: tree for name, tree in variables.items() if name != CONSTANTS}
+    return {**own, 'params': {role: tree for role, tree in own['params'].items() if role != ROLE}}
+
+
+def parts_of(variables: Any, adapter: str, path: str) -> Parts:
+    """What the adapter has at one site."""
+    steps = [ROLE, adapter, *path.split('/')]
+    return Parts(_descend(variables['params'], steps), _descend(variables.get(CONSTANTS, {}), steps))
+
+
+def own_leaves(params: Any, path: str) -> dict[str, Any]:
+    """The leaves that stand in the module itself; {} where it has none."""
+    return {name: leaf for name, leaf in _descend(params, path.split('/')).items() if not isinstance(leaf, Mapping)}
+
+
+def _merged(params: Any, adapter: Adapter, sites: Sequence[Site], mine: Mapping[str, Parts]) -> dict[str, Any]:
+    changed = [_nest({s.path: adapter.merge(mine[s.path], own_leaves(params, s.path), s)}) for s in sites]
+    return trees.merge(params, *changed)
+
+
+def _interceptor(entering: Mapping[str, list], params: Any) -> Callable:
+    """Runs each module in `entering` with its adapters around it, the first the innermost."""
+
+    def intercept(run, args, kwargs, context):
+        chain = entering.get('/'.join(context.module.path)) if context.method_name == '__call__' else None
+        if not chain:
+            return run(*args, **kwargs)
+
+        def drop(rate, x):
+            if not rate or not context.module.has_rng('dropout'):
+                return x
+            keep = jax.random.bernoulli(context.module.make_rng('dropout'), 1 - rate, x.shape)
+            return jnp.where(keep, x / (1 - rate), 0)
+
+        layer = lambda inputs, **changed: run(inputs, *args[1:], **{**kwargs, **changed})
+        for adapter, site, parts in chain:
+            weights = own_leaves(params, site.path)
+            layer = functools.partial(_called, adapter, site, parts, weights, layer, kwargs, drop)
+        return layer(args[0])
+
+    return intercept
+
+
+def _called(adapter, site, parts, weights, run, kwargs, drop, inputs, **changed):
+    return adapter.call(parts, Call(run, inputs, {**kwargs, **changed}, weights, drop), site)
+
+
+def _kind(weights: Mapping[str, Any]) -> str:
+    if 'embedding' in weights:
+        return 'embed'
+    return {2: 'dense', 4: 'conv'}.get(weights['kernel'].ndim, 'module') if 'kernel' in weights else 'module'
+
+
+def _shape(value: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), value)
+
+
+def _descend(tree: Any, steps: Sequence[str]) -> Any:
+    for step in steps:
+        tree = tree.get(step, {})
+    return tree
+
+
+def _nest(by_path: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return trees.unflatten(
+        {f'{path}/{name}': leaf for path, leaves in by_path.items() for name, leaf in leaves.items()}
+    )
