@@ -18,8 +18,8 @@ photos: $(VENV)/.ready  ## ImageNet MobileNetV2 to ants and bees; needs ../share
 test-tfds: $(VENV)/.ready .venv-tfds/.ready  ## TFDS prepares a set with TensorFlow; we read it without
 	TFDS_PYTHON=.venv-tfds/bin/python $(BIN)/python -m pytest tests/tfds
 
-parity: .venv-parity/.ready  ## our networks beside torchvision's, timm's and transformers', the same weights in both
-	.venv-parity/bin/python -m pytest tests/parity/live_parity.py tests/parity/live_sizes.py tests/parity/live_generate.py
+parity: .venv-parity/.ready  ## our networks and adapters beside torchvision's, timm's, transformers' and peft's, the same weights in both
+	.venv-parity/bin/python -m pytest tests/parity/live_parity.py tests/parity/live_sizes.py tests/parity/live_generate.py tests/parity/live_peft.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

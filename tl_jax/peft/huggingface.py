@@ -17,8 +17,10 @@ import numpy as np
 from flax import linen as nn
 
 from tl_jax.errors import UserError, nearest
+from tl_jax.peft import huggingface_layers, huggingface_prompts
 from tl_jax.peft.base import ROLE
-from tl_jax.peft.huggingface_methods import METHODS, PROMPT, Part, Place
+from tl_jax.peft.huggingface_layers import Method, Part, Place
+from tl_jax.peft.huggingface_prompts import PROMPT
 from tl_jax.pretrained import maps, names, read, strict_json
 from tl_jax.pretrained.export import foreign_tensors
 from tl_jax.pretrained.names import NameMap
@@ -31,6 +33,8 @@ WEIGHTS = ('adapter_model.safetensors', 'adapter_model.bin')
 MAX_CONFIG_BYTES = 1_000_000
 WHOLE = 'base_model.model.'
 BASE = '.base_layer.'
+# `peft_type` -> how it is read and written.
+METHODS: dict[str, Method] = huggingface_layers.METHODS | huggingface_prompts.METHODS
 
 
 class Imported(NamedTuple):
@@ -60,7 +64,7 @@ def load_peft(source: str, backbone: nn.Module, *, name: str = 'default') -> Imp
     folder = fetched(source)
     config = _config(folder)
     kind = config.get('peft_type')
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise UserError(f'{folder}: its peft_type {kind!r:.80} is not known here; {nearest(str(kind), METHODS)}')
     _refuse_settings(config, METHODS[kind].settings, folder)
     tensors = read(_weights(folder)).tensors
@@ -113,11 +117,11 @@ def save_peft(
         raise UserError(f'--origin=peft: no library has names for the modules of a {type(backbone).__name__}')
     parts = [Part(section, _sites(flat, name)) for name, section in adapters.items()]
     config, tensors = METHODS[kind].write(parts, lambda site: place_at(name_map, site), flat, backbone)
-    targets = config.get('target_modules', ())
-    plain = _trained(trained, flat, name_map, targets)
+    targets = config.get('target_modules')
+    if targets is None:
+        trained = _with_head(trained, flat, name_map, kind)
+    plain = _trained(trained, flat, name_map, targets or ())
     modules = sorted({tensor.rpartition('.')[0] for tensor in plain if BASE not in tensor})
-    if modules and not targets:
-        raise UserError(f'--origin=peft: a folder of {kind} holds prompts alone, and {listed(modules)} learned as well')
     if any(BASE in tensor for tensor in plain) and kind != 'LORA':
         raise UserError(f'--origin=peft: a folder of {kind} has no place for the biases of the modules it adapts')
     common = {'peft_type': kind, 'task_type': None, 'base_model_name_or_path': base, 'inference_mode': True}
@@ -126,7 +130,9 @@ def save_peft(
     if kind == 'LORA':
         common['bias'] = 'lora_only' if any(BASE in tensor for tensor in plain) else 'none'
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {(WHOLE if targets else '') + tensor: array for tensor, array in (tensors | plain).items()}
+    # A network with a prompt is peft's own, whose names have no further `model.`; the prompt has none at all.
+    prefix = WHOLE if targets else 'base_model.'
+    stored = {tensor if tensor == PROMPT else prefix + tensor: array for tensor, array in (tensors | plain).items()}
     save_tensors(folder / WEIGHTS[0], stored, {'format': 'pt'})
     (folder / CONFIG).write_text(json.dumps(common | config, indent=2, sort_keys=True) + '\n')
     return list(stored)
@@ -142,9 +148,12 @@ def fetched(source: str) -> Path:
     # Imported here: only this kind of source needs it, and it takes half a second.
     from tl_jax.pretrained import hub
 
+    match = hub.SOURCE.fullmatch(source)
+    if not match or match['file']:
+        raise UserError(f"source '{source}': write hf://org/repo or hf://org/repo@revision for an adapter")
     weights = hub.fetch(source, WEIGHTS)
-    repo = hub.SOURCE.fullmatch(source)['repo']
-    return hub.fetch(f'hf://{repo}@{weights.parent.name}/{CONFIG}', ()).parent
+    # Of the same commit: the revision may have moved on.
+    return hub.fetch(f'hf://{match["repo"]}@{weights.parent.name}/{CONFIG}', ()).parent
 
 
 def place_of(name_map: NameMap, module: str, folder: Path) -> Place:
@@ -220,7 +229,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, np.ndarra
     parts: dict[str, dict[str, np.ndarray]] = {}
     plain = {}
     for name, tensor in tensors.items():
-        short = name.removeprefix(WHOLE)
+        short = name.removeprefix(WHOLE).removeprefix('base_model.')  # the latter of a prompt's network
         suffix = next((end for end in _SUFFIXES if short.endswith(end)), None)
         if short == PROMPT:
             parts.setdefault(PROMPT, {})[PROMPT] = tensor.array()
@@ -288,6 +297,15 @@ def _trained(
         elif name in learned:
             tensors[f'{module}{BASE}{leaf}'] = tensor
     return tensors
+
+
+def _with_head(trained: Sequence[str], flat: Mapping[str, Any], name_map: NameMap, kind: str) -> list[str]:
+    """The leaves of the head, all of which go with a prompt, where nothing but them learned beside it."""
+    own = {path: names.foreign(name_map, path) for path in flat if not path.partition('/')[2].startswith(f'{ROLE}/')}
+    head = [path for path, found in own.items() if found and found[0].startswith(('classifier.', 'score.'))]
+    if others := set(trained) - set(head):
+        raise UserError(f'--origin=peft: beside a {kind} goes the head alone, and {listed(others)} learned as well')
+    return head
 
 
 def _sites(flat: Mapping[str, Any], name: str) -> dict[str, dict[str, np.ndarray]]:

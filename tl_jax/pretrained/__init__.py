@@ -16,6 +16,7 @@ from flax import linen as nn
 from tl_jax import models
 from tl_jax.errors import UserError, nearest
 from tl_jax.pretrained import (
+    based,
     keras_file,
     maps,
     msgpack_file,
@@ -30,6 +31,7 @@ from tl_jax.pretrained import (
     torch_file,
 )
 from tl_jax.pretrained.account import Account, fill
+from tl_jax.pretrained.based import LOADING, Base, card_of, differences
 from tl_jax.pretrained.export import export_pretrained
 from tl_jax.pretrained.safetensors_file import save_variables
 from tl_jax.pretrained.sources import locate, sha256
@@ -37,18 +39,25 @@ from tl_jax.pretrained.tensors import Contents, Tensor
 from tl_jax.trees import flatten, unflatten
 
 __all__ = [
+    'LOADING',
     'Account',
+    'Base',
     'Contents',
     'Tensor',
+    'card_of',
+    'differences',
     'export_pretrained',
     'fill',
     'fill_model',
     'list_pretrained',
     'load_pretrained',
+    'locate',
     'overlay',
     'read',
     'resolved',
+    'root_of',
     'save_variables',
+    'whole',
 ]
 
 MAX_CONFIG_BYTES = 10_000_000
@@ -212,7 +221,29 @@ class _Opened(NamedTuple):
 
 def _open(source: str | os.PathLike) -> _Opened:
     path = locate(source)
-    return _Opened(os.fspath(source), read(path), sha256(path))
+    return _Opened(os.fspath(source), whole(path), sha256(path))
+
+
+def whole(path: str | os.PathLike) -> Contents:
+    """Reads a file of weights as `read` does, and where it holds but what differs from a base, that base below it.
+
+    Raises:
+      UserError: as `read` does; the base is not there, or another one than it was.
+    """
+    path = Path(path)
+    contents = read(path)
+    base = based.base_of(contents, path)
+    return based.completed(contents, base, path, read) if base else contents
+
+
+def root_of(source: str | os.PathLike, ignore: Sequence[str], fresh: Sequence[str]) -> tuple[Base, list[str]]:
+    """The file of whole weights that a source is, or is completed by, and the rules of the leaves that it does not give."""
+    path = locate(source)
+    contents = read(path)
+    base = based.base_of(contents, path)
+    if base is None:
+        return Base(os.fspath(source), sha256(path), tuple(ignore)), list(fresh)
+    return base, [re.escape(name.partition('/')[2]) for name in contents.tensors]
 
 
 def resolved(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Origin(NamedTuple):
         as another pooling; '' where it does not. Asked before an export.
       refuses_head: backbone module -> what of it has the origin's heads take other features than ours; '' if they do not.
         Its heads are read and never written.
+      files_only: a regex of names, holes and all, that its files have and its modules in memory do not.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Origin(NamedTuple):
     prefix: str = ''
     refuses: Callable[[nn.Module], str] = lambda backbone: ''
     refuses_head: Callable[[nn.Module], str] = lambda backbone: ''
+    files_only: str = ''
 
 
 class Fit(NamedTuple):

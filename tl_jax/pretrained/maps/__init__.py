@@ -109,6 +109,23 @@ def name_map(origin: str, backbone: nn.Module) -> NameMap:
     return _name_map(origins[origin], backbone, family)
 
 
+def name_maps(backbone: nn.Module, *, in_memory: bool = False) -> list[NameMap]:
+    """The name map of every origin of the backbone's family, transformers first: for what addresses modules by name.
+
+    Args:
+      backbone: the network.
+      in_memory: without the names that only files have, so that what is written are the modules' own.
+    """
+    family = family_of(backbone)
+    origins = sorted(family.origins if family else (), key=lambda origin: origin.name != 'transformers')
+    found = []
+    for origin in origins:
+        read = _name_map(origin, backbone, family)
+        own = tuple(r for r in read.rules if not (origin.files_only and re.fullmatch(origin.files_only, r.theirs)))
+        found.append(read._replace(rules=own) if in_memory else read)
+    return found
+
+
 def _name_map(origin: Origin, backbone: nn.Module | None, family: Family | None) -> NameMap:
     fits = tuple(family.fits(backbone)) if family else ()
     other_features = origin.refuses_head(backbone) if backbone is not None else ''

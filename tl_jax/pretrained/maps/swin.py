@@ -158,6 +158,7 @@ FAMILIES = (
                 _transformers,
                 _IGNORED,
                 prefix='swin.',
+                files_only=r'.*\.(attention\.(self|output)|intermediate\.dense|output\.dense)\..*',
             ),
         ),
         fits=lambda _: (

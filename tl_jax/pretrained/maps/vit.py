@@ -350,6 +350,7 @@ FAMILIES = (
                 ((r'(.*\.)?embeddings\.mask_token', 'stands for masked patches in pretraining'),),
                 refuses=_refused_by_transformers,
                 refuses_head=_head_refused_by_transformers,
+                files_only=r'(.*\.)?(vit|deit)\.encoder\..*|.*\.(attention\.attention|attention\.output|mlp\.weights_\w+)\..*',
             ),
             Origin(
                 'google',

@@ -1,4 +1,4 @@
-"""The methods that folders of `peft` hold, each read into our sections and leaves and written back."""
+"""Adapters of layers in folders of `peft`, LoRA and (IA)³: read into our sections and leaves, and written back."""
 
 import inspect
 import math
@@ -12,9 +12,6 @@ import numpy as np
 from tl_jax.errors import UserError
 from tl_jax.peft.lora import dora, lora, rslora
 from tl_jax.peft.scaling import ia3
-
-# The one tensor of a prompt's folder.
-PROMPT = 'prompt_embeddings'
 
 Leaves = Mapping[str, Mapping[str, np.ndarray]]  # {module: {leaf: array}}
 
@@ -52,7 +49,7 @@ class Method(NamedTuple):
 
 
 # What every folder says and we need not know: tensors say themselves where they belong.
-_COMMON = {
+COMMON = {
     name: ...
     for name in (
         'auto_mapping',
@@ -71,7 +68,7 @@ _COMMON = {
         'task_type',
     )
 }
-_LORA_SETTINGS = _COMMON | {
+_LORA_SETTINGS = COMMON | {
     **{name: ... for name in ('alpha_pattern', 'lora_alpha', 'lora_dropout', 'r', 'rank_pattern')},
     **{name: (True,) for name in ('use_dora', 'use_rslora')},
     # Whatever else it can be changes the base's weights, which the folder does not hold.
@@ -140,10 +137,11 @@ def _read_lora(config, modules, places, backbone, folder) -> tuple[dict, dict]:
 
 def _pair(tensors: Mapping[str, np.ndarray], module: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """A and B of a module, the rank first and last, whatever the kind of layer."""
-    for a, b in (('lora_A', 'lora_B'), ('lora_embedding_A', 'lora_embedding_B')):
-        if a in tensors and b in tensors and set(tensors) <= {a, b, 'lora_magnitude_vector'}:
-            if tensors[b].ndim >= 2 and tensors[b][0, 0].size == 1 and tensors[a].ndim in (2, 4):
-                return tensors[a], tensors[b].reshape(tensors[b].shape[:2])
+    for one, other in (('lora_A', 'lora_B'), ('lora_embedding_A', 'lora_embedding_B')):
+        if {one, other} <= set(tensors) <= {one, other, 'lora_magnitude_vector'}:
+            a, b = tensors[one], tensors[other]
+            if a.ndim in (2, 4) and b.ndim >= 2 and b.size == b.shape[0] * b.shape[1]:
+                return a, b.reshape(b.shape[:2])
     raise UserError(f'{folder}: {module!r:.120} has not the two factors of a LoRA; fetch it again')
 
 
@@ -334,6 +332,6 @@ METHODS: dict[str, Method] = {
         ('ia3',),
         _read_ia3,
         _write_ia3,
-        _COMMON | {'feedforward_modules': ..., 'init_ia3_weights': ...},
+        COMMON | {'feedforward_modules': ..., 'init_ia3_weights': ...},
     ),
 }
