@@ -4,6 +4,7 @@ python launch.py --config=configs/quickstart.py:probe --workdir=runs/probe
 python launch.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=sweep
 python launch.py --workdir=runs/probe --mode=predict --files='photos/*.jpg' --output=predictions.csv
 python launch.py --workdir=runs/probe --mode=export --origin=torchvision --output=adapted.safetensors
+python launch.py --workdir=runs/soup --mode=merge --method=greedy_soup --files='runs/full/seed*'
 """
 
 import os
@@ -22,8 +23,10 @@ from tl_jax.train import Preempted
 FLAGS = {
     'config': 'FILE.py[:arg]; without it, the config stored in --workdir',
     'workdir': 'directory of the run',
-    'mode': 'train (default), eval, predict, sweep, export',
-    'files': 'predict: images, or a pattern in quotes',
+    'mode': 'train (default), eval, predict, sweep, export, merge',
+    'files': 'predict: images, or a pattern in quotes; merge: finished runs, likewise',
+    'method': 'merge: greedy_soup, uniform_soup, wise_ft, task_arithmetic, ties, dare; with fields ties(density=0.2)',
+    'start': 'merge: the run that the others began from',
     'output': 'predict: the csv, <workdir>/predictions.csv unless given; export: the .safetensors file',
     'origin': 'export: whose names to write: torchvision, timm, transformers, …',
     'dry_run': 'say what would be trained, and stop',

@@ -34,7 +34,8 @@ DEFAULTS = {
     'dtype': 'float32',  # of the computation; parameters and statistics stay float32
     'gradient': {'name': 'plain'},  # tl_jax.gradients
     'clip_norm': 0.0,  # global norm over trainable leaves; 0 for none
-    'ema': 0.0,  # decay of the averaged parameters that evaluation then uses; 0 for none
+    'ema': 0.0,  # decay of the averaged parameters that evaluation then uses; 0 for none; 1 for their plain mean (SWA)
+    'ema_from': 0.0,  # share of a stage that is over when its averages begin
     'log_every': 10,
     'eval_every': 0,  # 0: at the end of each stage
     'refresh_every': 0,  # of an objective's pass over whole datasets; 0: at the start of each stage

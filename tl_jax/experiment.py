@@ -253,7 +253,7 @@ def create_objective(
       load_others: the same of the networks named in the section.
     """
     fields = dict(section)
-    views = {view: fields.pop(view) for view in objectives.VIEWS if view in fields}
+    wrappers = {wrapper: fields.pop(wrapper) for wrapper in objectives.WRAPPERS if wrapper in fields}
     classes = len(data.class_names)
     dtype = jnp.dtype(config['dtype'])
     if fields.get('class_weights') == 'balanced':
@@ -281,8 +281,13 @@ def create_objective(
         )
     facts = {'num_classes': classes, 'num_examples': {stream: source.length for stream, source in data.sources.items()}}
     objective = call(constructor, fields, where, main, **others, **_asked(constructor, facts))
-    for view, options in views.items():
-        objective = call(objectives.VIEWS[view], options, f'{where}.{view}', objective, num_classes=classes)
+    facts |= {'model': main, 'original': original_from(config['model'], classes, dtype, load=load_others)}
+    for wrapper, options in wrappers.items():
+        if not isinstance(options, Mapping):
+            raise UserError(f'{where}.{wrapper}: must be a section such as dict(weight=0.01), not {options!r}')
+        constructor = objectives.WRAPPERS[wrapper]
+        objective = call(constructor, options, f'{where}.{wrapper}', objective, **_asked(constructor, facts))
+    objective = objectives.without_endpoints(objective)
     for stream in objective.streams:
         if stream not in data.streams:
             have = ', '.join(data.streams)
@@ -291,6 +296,34 @@ def create_objective(
                 f"add '{stream}' to it, as in train=dict({stream}='npz:…')"
             )
     return objective
+
+
+def original_from(section: Mapping[str, Any], classes: int, dtype: Any, *, load: bool) -> Callable[[int], Model]:
+    """Returns a function from the number of classes of `config.model.source` to that network, with the head it came with."""
+
+    def original(num_classes: int) -> Model:
+        if not section.get('source'):
+            raise UserError('config.model.source: is none, so that there is no head of a source to keep; name one')
+        unlike = ('source', 'ignore', 'fresh', 'head', 'peft', 'active')
+        fields = {**{k: v for k, v in section.items() if k not in unlike}, 'num_classes': num_classes}
+        model = call(model_from, fields, 'config.model', classes=classes, dtype=dtype, load=False)
+
+        def init(key, inputs):
+            variables = model.init(key, inputs)
+            if not load:
+                return variables
+            filled, account = pretrained.overlay(section['source'], variables, ignore=section.get('ignore', ()))
+            lost = next((path for path in account.fresh if path.startswith('params/head/')), None)
+            if lost:
+                raise UserError(
+                    f"config.model.source: has no '{lost.removeprefix('params/')}' for {num_classes} classes; set source_classes "
+                    'to the number that it tells apart'
+                )
+            return filled
+
+        return model._replace(init=init)
+
+    return original
 
 
 def stage_from(

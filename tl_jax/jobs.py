@@ -19,6 +19,7 @@ from tl_jax import workdir as workdir_lib
 from tl_jax.errors import UserError
 from tl_jax.experiment_data import data_from
 from tl_jax.finished import network, predict, trained
+from tl_jax.merged_runs import folders_of, merge_runs
 from tl_jax.progress import say
 
 Flags = Mapping[str, str]
@@ -118,12 +119,29 @@ def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
     say(f'{len(variants)} runs in {time.perf_counter() - started:.0f} s; report: {page}')
 
 
+def run_merge(flags: Flags, assignments: Sequence[str]) -> None:
+    """Merges the networks of finished runs, chosen by the held-out split of their config, into a run of its own."""
+    workdir = _workdir(flags)
+    if 'files' not in flags or 'method' not in flags:
+        raise UserError(
+            "--method, --files: say how and what to merge, such as --method=greedy_soup --files='runs/*/seed0'"
+        )
+    folders = folders_of(flags['files'])
+    config = config_lib.resolve(_config({'workdir': str(folders[0])}, assignments))
+    start = Path(flags['start']) if 'start' in flags else None
+    summary = merge_runs(config, folders, start, flags['method'], workdir)
+    say((workdir / 'candidates.csv').read_text())
+    figures = '  '.join(f'{k} {v:.4f}' for k, v in summary['metrics'].items())
+    say(f'{summary["merge"]["method"]}, chosen by {summary["select_by"]}: {figures}')
+
+
 JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
     'train': run_train,
     'eval': run_eval,
     'predict': run_predict,
     'sweep': run_sweep,
     'export': run_export,
+    'merge': run_merge,
 }
 
 

@@ -33,6 +33,7 @@ def create_train_step(
     *,
     first_step: int = 0,
     steps: int = 1,
+    ema_from: float = 0.0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the pure function of one step: each phase's gradient of its trainable parameters, and their update.
 
@@ -43,9 +44,10 @@ def create_train_step(
       gradient: how each phase's loss becomes a gradient.
       partition: what the stage trains.
       clip_norm: global norm that a phase's gradient is clipped to; 0 for none.
-      ema: decay of the averaged parameters; 0 for none.
+      ema: decay of the averaged parameters; 0 for none, 1 for their plain mean.
       first_step: the run's step at which the stage began.
       steps: of the stage.
+      ema_from: share of the stage that is over when the averages begin.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -77,12 +79,25 @@ def create_train_step(
         if 'batch_stats' in collections:
             collections['batch_stats'] = without_markers(collections['batch_stats'])
         if ema:
-            mean = jax.tree.map(lambda m, p: ema * m + (1 - ema) * p, state.collections['ema'], trainable)
+            decay = averaging(ema, state.step - first_step, round(ema_from * steps))
+            mean = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.collections['ema'], trainable)
             collections['ema'] = mean
         params = trees.merge(frozen, trainable)
         return TrainState(state.step + 1, params, collections, opt_state, state.key), metrics
 
     return train_step
+
+
+def averaging(ema: float, step: jax.Array, begin: int) -> jax.Array:
+    """The share of the old average that stays at a step of the stage; 0 until `begin`, so that the average is the parameters.
+
+    With ema = 1 it is n / (n + 1) after n steps: their plain mean, stochastic weight averaging (Izmailov et al. 2018,
+    arXiv:1803.05407, algorithm 1 with every step an end of a cycle).
+    """
+    if ema < 1:
+        return jnp.where(step < begin, 0.0, ema)
+    taken = jnp.maximum(step - begin, 0).astype(jnp.float32)
+    return taken / (taken + 1)
 
 
 def progress(step: Any, steps: int) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: thread
             config['ema'],
             first_step=first,
             steps=stage.steps,
+            ema_from=config['ema_from'],
         ),
         donate_argnums=0,
         out_shardings=(layout.shardings, None),

@@ -7,19 +7,36 @@ constructor whose keyword arguments are the fields of `config.objective`.
 from collections.abc import Callable, Mapping
 
 from tl_jax.objectives.adversarial import adda, cdan, dann
-from tl_jax.objectives.base import Aux, Model, Objective, Phase, inputs_of, phases_of
+from tl_jax.objectives.base import Aux, Model, Objective, Phase, inputs_of, phases_of, without_endpoints
+from tl_jax.objectives.bi_tuning import bi_tuning
 from tl_jax.objectives.contrastive import contrastive
 from tl_jax.objectives.discrepancy import mcd
 from tl_jax.objectives.matching import coral, dan
 from tl_jax.objectives.meta import joint, maml
 from tl_jax.objectives.multitask import multitask
+from tl_jax.objectives.penalties import bss, l1, l2
 from tl_jax.objectives.prototypes import protonet
+from tl_jax.objectives.references import delta, l2_sp
 from tl_jax.objectives.source_free import shot
+from tl_jax.objectives.source_head import co_tuning, lwf
+from tl_jax.objectives.stochastic import mixout, r_drop, stoch_norm
 from tl_jax.objectives.supervised import supervised
 from tl_jax.objectives.teachers import self_ensembling
 from tl_jax.objectives.views import mixed
 
-__all__ = ['OBJECTIVES', 'VIEWS', 'Aux', 'Model', 'Objective', 'Phase', 'inputs_of', 'mixed', 'phases_of', 'supervised']
+__all__ = [
+    'OBJECTIVES',
+    'WRAPPERS',
+    'Aux',
+    'Model',
+    'Objective',
+    'Phase',
+    'inputs_of',
+    'mixed',
+    'phases_of',
+    'supervised',
+    'without_endpoints',
+]
 
 # name -> constructor(model, **fields of config.objective)
 OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
@@ -38,5 +55,19 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     'maml': maml,
     'joint': joint,
 }
-# name -> wrapper(objective, **fields of config.objective.<name>)
-VIEWS: Mapping[str, Callable[..., Objective]] = {'mixed': mixed}
+# name -> wrapper(objective, **fields of config.objective.<name>). Wrapped in this order, whatever a config's is (a config does
+# not keep one): what changes the pass goes inside, what adds to the loss around it, what changes the batch around all.
+WRAPPERS: Mapping[str, Callable[..., Objective]] = {
+    'stoch_norm': stoch_norm,
+    'mixout': mixout,
+    'r_drop': r_drop,
+    'l1': l1,
+    'l2': l2,
+    'l2_sp': l2_sp,
+    'delta': delta,
+    'bss': bss,
+    'lwf': lwf,
+    'co_tuning': co_tuning,
+    'bi_tuning': bi_tuning,
+    'mixed': mixed,
+}

@@ -33,11 +33,13 @@ class Aux(NamedTuple):
       metrics: scalars to log.
       collections: those that it changed.
       losses: its parts by task, where a gradient is to weigh or combine them; empty for one loss.
+      endpoints: of its forward pass, for the wrappers around it; `without_endpoints` takes them away before the gradient.
     """
 
     metrics: dict[str, Any]
     collections: dict[str, Any]
     losses: dict[str, Any] = {}  # noqa: RUF012 (a mapping of another type would be no pytree)
+    endpoints: dict[str, Any] = {}  # noqa: RUF012
 
 
 class Phase(NamedTuple):
@@ -103,6 +105,25 @@ def label_of(stream: dict[str, Any]) -> Int[Array, 'batch']:
 def phases_of(objective: Objective) -> tuple[Phase, ...]:
     """The moves of a step: one that moves everything, unless the objective says otherwise."""
     return objective.phases or (Phase('train', objective.loss, '.*'),)
+
+
+def with_loss(objective: Objective, change: Callable[[Callable], Callable]) -> Objective:
+    """The objective, `change` applied to its loss and to that of each of its phases."""
+    phases = tuple(phase._replace(loss=change(phase.loss)) for phase in objective.phases)
+    return objective._replace(loss=change(objective.loss), phases=phases)
+
+
+def without_endpoints(objective: Objective) -> Objective:
+    """The objective as a gradient takes it: what its wrappers had to see is let go."""
+
+    def change(loss):
+        def loss_alone(variables, batch, key):
+            value, aux = loss(variables, batch, key)
+            return value, aux._replace(endpoints={})
+
+        return loss_alone
+
+    return with_loss(objective, change)
 
 
 def forward(model: Model, variables: Any, inputs: Any, key: Array) -> tuple[dict[str, Array], dict[str, Any]]:

@@ -38,7 +38,7 @@ def supervised(
         share = jnp.ones(logits.shape[0]) if weights is None else target @ weights
         value = jnp.sum(share * optax.softmax_cross_entropy(logits, smooth)) / jnp.sum(share)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(target, -1))
-        return value, Aux({'accuracy': accuracy}, collections)
+        return value, Aux({'accuracy': accuracy}, collections, endpoints=outputs)
 
     def predict(variables, batch):
         return model.apply(variables, inputs_of(batch), train=False)

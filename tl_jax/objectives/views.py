@@ -5,7 +5,7 @@ from jax import nn
 
 from tl_jax.data.mixing import cutmix as cutmix_images
 from tl_jax.data.mixing import mixup as mixup_images
-from tl_jax.objectives.base import Objective, Phase
+from tl_jax.objectives.base import Objective, with_loss
 
 
 def mixed(
@@ -30,7 +30,4 @@ def mixed(
 
         return mixed_loss
 
-    if not mixers:
-        return objective
-    phases = tuple(Phase(p.name, mix(p.loss), p.rule) for p in objective.phases)
-    return objective._replace(loss=mix(objective.loss), phases=phases)
+    return with_loss(objective, mix) if mixers else objective
