@@ -63,6 +63,8 @@ def generate(
     backbone = getattr(module, 'backbone', module)
     if not hasattr(backbone, 'cache_length') or getattr(backbone, 'output', '') == 'none':
         raise UserError(f'generate: this {type(backbone).__name__} writes no text; choose a decoder with lm_logits')
+    if 'adapters' in variables['params']:
+        raise UserError('generate: the adapters of these variables would not act; give the weights of tl_jax.peft.merged')
     rule = _rule(backbone.vocabulary, max_new_tokens, temperature, top_k, top_p, eos_id, pad_id)
     if rule.temperature and key is None:
         raise UserError('generate.key: drawing tokens needs one, such as jax.random.key(0); or leave temperature 0')
@@ -284,7 +286,7 @@ class CachedAttention(nn.Module):
         dim = self.head_dim or x.shape[-1] // self.heads
         kv_heads = self.kv_heads or self.heads
         query, key, value = (
-            Dense(heads * dim, self.use_bias, self.dtype, name=name)(x).reshape(*x.shape[:2], heads, dim)
+            Dense(heads * dim, self.use_bias, self.dtype, name=name)(x).reshape(x.shape[0], -1, heads, dim)
             for name, heads in (('query', self.heads), ('key', kv_heads), ('value', kv_heads))
         )
         if self.norm_epsilon is not None:
