@@ -5,6 +5,7 @@ and what of them never learns (random projections, indices) the collection `adap
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ from flax import linen as nn
 from tl_jax import trees
 from tl_jax.errors import UserError
 from tl_jax.objectives.base import Model
+from tl_jax.peft.quantized import holds_codes
 from tl_jax.trees import nearest_paths
 
 ROLE = 'adapters'
 CONSTANTS = 'adapter_constants'
+SHARED = 'shared'
 
 
 class Site(NamedTuple):
@@ -27,12 +30,13 @@ class Site(NamedTuple):
 
     Attributes:
       path: of the module, as of its leaves: `backbone/block1/attention/query`.
-      kind: 'dense' (a kernel of two axes), 'conv' (of four), 'embed' (a table), or 'module' for anything else.
+      kind: 'dense' (whatever the axes of its kernel), 'conv', 'norm', 'embed' (a table), or 'module' for anything else.
       inputs: shape and dtype of its first argument.
       outputs: shape and dtype of what it gives.
       weights: `{leaf: shape and dtype}` of the leaves that are the module's own.
       place: its number, from 0, among the adapter's sites in the order of their calls.
       places: how many those are.
+      module: the Linen module itself, unbound; for what depends on its fields, such as the strides of a convolution.
     """
 
     path: str
@@ -42,6 +46,7 @@ class Site(NamedTuple):
     weights: dict[str, Any]
     place: int
     places: int
+    module: Any = None
 
 
 class Parts(NamedTuple):
@@ -64,7 +69,7 @@ class Call(NamedTuple):
     Attributes:
       run: the module as it is (or as the adapters before this one have made it): `run(inputs, **changed keyword arguments)`.
       inputs: its first argument.
-      kwargs: its keyword arguments, such as `mask`.
+      kwargs: its other arguments by name, such as `mask`.
       weights: its own leaves, for what needs them; an adapter that reads none costs no gradient of them.
       drop: `drop(rate, x)`: dropout in training, the identity otherwise.
     """
@@ -80,24 +85,34 @@ class Adapter(NamedTuple):
     """A parameter-efficient method; made by a constructor whose keyword arguments are the fields of `config.model.peft`.
 
     Attributes:
-      init: (key, Site, weights) -> Parts, with which the network computes exactly what it did.
+      init: (key, Site, weights) -> Parts, with which the network computes exactly what it did, or see `identity`.
       call: (Parts, Call, Site) -> the module's outputs; None where the network runs on the merged weights, whose dense
         gradient it then cannot avoid.
       merge: (Parts, weights, Site) -> the module's own leaves that have the adapter in them; None where none can.
       unmerge: (Parts, merged weights, Site) -> the leaves before; None where they cannot be got back.
+      share: (key, sites) -> constants that all sites have in common, `{leaf: array}`; they are in the constants of each.
+      prepare: `{path: Parts}` -> the same with what is computed once a pass, from parts that sites share.
       around: (`{path: Parts}`, apply, inputs) -> endpoints: what it does to the network's inputs and endpoints, `apply`
         being the network with the sites adapted; None for nothing.
       kinds: the kinds of site that it can change.
+      by_kind: whether it means only those, of all modules that the rule names.
       targets: a regex of module paths, or None for the family's own (`tl_jax.peft.targets`).
+      identity: whether the network computes at the start exactly what it did; prompts are there from the start.
+      suits: the families that have what the adapter needs, in words, for error messages.
     """
 
     init: Callable
     call: Callable | None = None
     merge: Callable | None = None
     unmerge: Callable | None = None
+    share: Callable | None = None
+    prepare: Callable | None = None
     around: Callable | None = None
     kinds: tuple[str, ...] = ('dense',)
+    by_kind: bool = False
     targets: str | None = None
+    identity: bool = True
+    suits: str = ''
 
 
 def sites_of(model: Model, variables: Any, inputs: Any, adapter: Adapter, targets: str, field: str) -> tuple[Site, ...]:
@@ -115,11 +130,14 @@ def sites_of(model: Model, variables: Any, inputs: Any, adapter: Adapter, target
       UserError: the rule matches no module, or one of a kind that the adapter cannot change.
     """
     called: dict[str, tuple[Any, Any]] = {}
+    modules: dict[str, nn.Module] = {}
 
     def record(run, args, kwargs, context):
         outputs = run(*args, **kwargs)
         if context.method_name == '__call__' and context.module.path:
-            called.setdefault('/'.join(context.module.path), (args[0] if args else None, outputs))
+            path = '/'.join(context.module.path)
+            called.setdefault(path, (args[0] if args else None, outputs))
+            modules.setdefault(path, context.module)
         return outputs
 
     def shapes(variables, inputs):
@@ -128,19 +146,22 @@ def sites_of(model: Model, variables: Any, inputs: Any, adapter: Adapter, target
         return called
 
     called = jax.eval_shape(shapes, variables, inputs)
+    kinds = {path: _kind(own_leaves(variables['params'], path), *called[path]) for path in called}
     found = [path for path in called if re.fullmatch(targets, path)]
+    found = [path for path in found if kinds[path] in adapter.kinds or not adapter.by_kind]
     if not found:
-        raise UserError(f"{field}: the rule '{targets}' names no module; {nearest_paths(targets, list(called))}")
+        fit = f'it suits {adapter.suits}; ' if adapter.suits else ''
+        raise UserError(f"{field}: the rule '{targets}' names no module; {fit}{nearest_paths(targets, list(called))}")
     sites = []
     for place, path in enumerate(found):
-        weights = own_leaves(variables['params'], path)
-        kind = _kind(weights)
+        weights, kind = own_leaves(variables['params'], path), kinds[path]
         if kind not in adapter.kinds:
             raise UserError(
                 f"{field}: '{path}' is a {kind}, and this adapter changes {' and '.join(adapter.kinds)}; narrow the rule"
             )
         leaves = {name: _shape(leaf) for name, leaf in weights.items()}
-        sites.append(Site(path, kind, *map(_shape, called[path]), leaves, place, len(found)))
+        module = modules[path].clone(parent=None)
+        sites.append(Site(path, kind, *map(_shape, called[path]), leaves, place, len(found), module))
     return tuple(sites)
 
 
@@ -162,14 +183,18 @@ def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active
         variables = dict(model.init(key, inputs))
         params, constants = dict(variables['params']), {}
         for number, (name, (adapter, targets)) in enumerate(adapters.items()):
-            mine = {}
-            for site in sites_of(model, variables, inputs, adapter, targets, f'{field}.{name}'):
-                drawn = jax.random.fold_in(jax.random.fold_in(key, number + 1), site.place)
+            mine, own_key = {}, jax.random.fold_in(key, number + 1)
+            sites = sites_of(model, variables, inputs, adapter, targets, f'{field}.{name}')
+            for site in sites:
+                drawn = jax.random.fold_in(own_key, site.place)
                 mine[site.path] = adapter.init(drawn, site, own_leaves(params, site.path))
                 params = trees.merge(params, _nest({site.path: mine[site.path].weights}))
             trained = {path: parts.params for path, parts in mine.items()}
             params = trees.merge(params, {ROLE: {name: _nest(trained)}})
             constants = trees.merge(constants, {name: _nest({path: parts.constants for path, parts in mine.items()})})
+            if adapter.share is not None:
+                shared = adapter.share(jax.random.fold_in(own_key, len(sites)), sites)
+                constants = trees.merge(constants, {name: {SHARED: shared}})
         variables['params'] = params
         if trees.flatten(constants):
             variables[CONSTANTS] = {ROLE: constants}
@@ -184,8 +209,9 @@ def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active
             # The sites again, by shape: a pure function cannot remember what `init` found.
             sites = sites_of(model, network, inputs, adapter, targets, f'{field}.{name}')
             mine = {site.path: parts_of(variables, name, site.path) for site in sites}
+            mine = adapter.prepare(mine) if adapter.prepare else mine
             if adapter.call is None and adapter.merge is not None:
-                network = {**network, 'params': _merged(network['params'], adapter, sites, mine)}
+                network = {**network, 'params': _merged(network['params'], adapter.merge, sites, mine)}
             elif adapter.call is not None:
                 for site in sites:
                     entering.setdefault(site.path, []).append((adapter, site, mine[site.path]))
@@ -215,17 +241,48 @@ def merged(model: Model, adapters: Mapping[str, tuple[Adapter, str]], variables:
     """The variables of the plain network that computes what the adapted one does.
 
     Raises:
-      UserError: an adapter cannot be merged.
+      UserError: an adapter cannot be merged, or the base is held in few bits, which would have to be restored first
+        (`tl_jax.peft.quantized.restored`).
     """
     network = without(variables)
+    if holds_codes(network['params']):
+        raise UserError(
+            'config.model.quantize: the base is held in few bits, and merging would make it whole again; ask for that by '
+            'restoring it first'
+        )
     for name, (adapter, targets) in adapters.items():
+        field = f'config.model.peft.{name}'
         if adapter.merge is None or adapter.around is not None:
-            raise UserError(
-                f'config.model.peft.{name}: acts on activations, which no weights can hold; it cannot be merged'
-            )
-        sites = sites_of(model, network, inputs, adapter, targets, f'config.model.peft.{name}')
+            raise UserError(f'{field}: acts on activations, which no weights can hold; it cannot be merged')
+        sites = sites_of(model, network, inputs, adapter, targets, field)
+        _refuse_reparametrised(adapter, sites, field)
         mine = {site.path: parts_of(variables, name, site.path) for site in sites}
-        network = {**network, 'params': _merged(network['params'], adapter, sites, mine)}
+        network = {**network, 'params': _merged(network['params'], adapter.merge, sites, mine)}
+    return network
+
+
+def unmerged(
+    model: Model, adapters: Mapping[str, tuple[Adapter, str]], network: Any, variables: Any, inputs: Any
+) -> dict[str, Any]:
+    """The plain network's variables as they were before `merged`, to half a unit in the last place of the merged ones.
+
+    Args:
+      model: the plain network.
+      adapters: as they were merged.
+      network: the merged variables.
+      variables: those of the adapted network, of which only the adapters are read.
+      inputs: one batch.
+
+    Raises:
+      UserError: an adapter cannot be taken out again.
+    """
+    for name, (adapter, targets) in reversed(adapters.items()):
+        field = f'config.model.peft.{name}'
+        if adapter.unmerge is None:
+            raise UserError(f'{field}: cannot be taken out of merged weights again; keep the weights from before')
+        sites = sites_of(model, network, inputs, adapter, targets, field)
+        mine = {site.path: parts_of(variables, name, site.path) for site in sites}
+        network = {**network, 'params': _merged(network['params'], adapter.unmerge, sites, mine)}
     return network
 
 
@@ -238,7 +295,9 @@ def without(variables: Any) -> dict[str, Any]:
 def parts_of(variables: Any, adapter: str, path: str) -> Parts:
     """What the adapter has at one site."""
     steps = [ROLE, adapter, *path.split('/')]
-    return Parts(_descend(variables['params'], steps), _descend(variables.get(CONSTANTS, {}), steps))
+    constants = variables.get(CONSTANTS, {})
+    shared = _descend(constants, [ROLE, adapter, SHARED])
+    return Parts(_descend(variables['params'], steps), {**shared, **_descend(constants, steps)})
 
 
 def own_leaves(params: Any, path: str) -> dict[str, Any]:
@@ -246,9 +305,15 @@ def own_leaves(params: Any, path: str) -> dict[str, Any]:
     return {name: leaf for name, leaf in _descend(params, path.split('/')).items() if not isinstance(leaf, Mapping)}
 
 
-def _merged(params: Any, adapter: Adapter, sites: Sequence[Site], mine: Mapping[str, Parts]) -> dict[str, Any]:
-    changed = [_nest({s.path: adapter.merge(mine[s.path], own_leaves(params, s.path), s)}) for s in sites]
+def _merged(params: Any, merge: Callable, sites: Sequence[Site], mine: Mapping[str, Parts]) -> dict[str, Any]:
+    changed = [_nest({s.path: merge(mine[s.path], own_leaves(params, s.path), s)}) for s in sites]
     return trees.merge(params, *changed)
+
+
+def _refuse_reparametrised(adapter: Adapter, sites: Sequence[Site], field: str) -> None:
+    for site in sites:
+        if adapter.call is not None and getattr(site.module, 'reparametrize', None) is not None:
+            raise UserError(f"{field}: '{site.path}' standardises its kernel, which cannot hold an adapter; do not merge")
 
 
 def _interceptor(entering: Mapping[str, list], params: Any) -> Callable:
@@ -265,10 +330,16 @@ def _interceptor(entering: Mapping[str, list], params: Any) -> Callable:
             keep = jax.random.bernoulli(context.module.make_rng('dropout'), 1 - rate, x.shape)
             return jnp.where(keep, x / (1 - rate), 0)
 
-        layer = lambda inputs, **changed: run(inputs, *args[1:], **{**kwargs, **changed})
-        for adapter, site, parts in chain:
-            weights = own_leaves(params, site.path)
-            layer = functools.partial(_called, adapter, site, parts, weights, layer, kwargs, drop)
+        # By name, so that an adapter can read and replace what a module was given by position.
+        names = list(inspect.signature(type(context.module).__call__).parameters)[2:]
+        named = {**dict(zip(names, args[1:], strict=False)), **kwargs}
+        layer = lambda inputs, **changed: run(inputs, **{**named, **changed})
+        weights = own_leaves(params, chain[0][1].path)
+        for number, (adapter, site, parts) in enumerate(chain):
+            if number and chain[number - 1][0].merge is not None:
+                inner, at, its = chain[number - 1]
+                weights = inner.merge(its, weights, at)
+            layer = functools.partial(_called, adapter, site, parts, weights, layer, named, drop)
         return layer(args[0])
 
     return intercept
@@ -278,10 +349,23 @@ def _called(adapter, site, parts, weights, run, kwargs, drop, inputs, **changed)
     return adapter.call(parts, Call(run, inputs, {**kwargs, **changed}, weights, drop), site)
 
 
-def _kind(weights: Mapping[str, Any]) -> str:
+def contracted(kernel: Any, inputs: Any, outputs: Any) -> int:
+    """How many of a dense kernel's axes meet the input's last ones; the others make the output's. 0 where it is not dense."""
+    for count in range(1, kernel.ndim):
+        lead = inputs.shape[: inputs.ndim - count]
+        if inputs.shape == (*lead, *kernel.shape[:count]) and outputs.shape == (*lead, *kernel.shape[count:]):
+            return count
+    return 0
+
+
+def _kind(weights: Mapping[str, Any], inputs: Any, outputs: Any) -> str:
     if 'embedding' in weights:
         return 'embed'
-    return {2: 'dense', 4: 'conv'}.get(weights['kernel'].ndim, 'module') if 'kernel' in weights else 'module'
+    if 'kernel' not in weights:
+        return 'norm' if 'scale' in weights else 'module'
+    if contracted(weights['kernel'], inputs, outputs):
+        return 'dense'
+    return 'conv' if weights['kernel'].ndim > 2 else 'module'
 
 
 def _shape(value: Any) -> Any:
