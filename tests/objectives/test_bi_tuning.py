@@ -73,6 +73,12 @@ def test_in_a_run(digits_config, tmp_path):
 
 
 def test_bad_fields_in_one_line(digits_config):
+    section = {'name': 'supervised', 'bi_tuning': {}, 'mixed': {'mixup': 0.2}}
+    built = experiment_lib.build(
+        config_lib.resolve(digits_config(objective=section, model={'name': 'mlp', 'dense': [4]}))
+    )
+    with pytest.raises(UserError, match='mixed: leaves an example no one class'):
+        jax.eval_shape(built.stages[0].objective.loss, built.shapes(), built.batch, jax.random.key(0))
     for fields, message in ((dict(momentum=1.0), 'momentum: must lie'), (dict(keys=0), 'keys: must be at least 1')):
         with pytest.raises(UserError, match=message):
             section = {'name': 'supervised', 'bi_tuning': fields}

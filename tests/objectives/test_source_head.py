@@ -99,6 +99,13 @@ def test_co_tuning_in_float64(config):
     log_q = np.log(softmax(logits(now['params'], 'source_head', built.batch['train']['image'])))
     likely = wanted[built.batch['train']['label']]
     assert float(aux.metrics['co_tuning']) == pytest.approx(0.9 * -np.mean(np.sum(likely * log_q, -1)), rel=1e-4)
+    # A mixture of two classes has the mixture of their rows.
+    target = np.random.RandomState(0).dirichlet(np.ones(10), 16).astype(np.float32)
+    mixed = {'train': {**built.batch['train'], 'target': target}}
+    _, aux = objective.loss(now, mixed, jax.random.key(0))
+    assert float(aux.metrics['co_tuning']) == pytest.approx(
+        0.9 * -np.mean(np.sum(target @ wanted * log_q, -1)), rel=1e-4
+    )
     # Once measured it stays: the network of a later refresh is not the source's any more.
     assert 'relationship' not in objective.refresh(now, batches)
 

@@ -85,6 +85,10 @@ def bi_tuning(
         return {**variables, 'bi_tuning': {'queue': queue, 'encoder': jax.tree.map(jnp.copy, encoder)}}
 
     def penalty(variables, batch, aux, key):
+        if 'target' in batch[stream]:
+            raise UserError(
+                'config.objective.mixed: leaves an example no one class, by which bi_tuning compares; take one away'
+            )
         drawn, dropped = jax.random.split(key)
         label, held = label_of(batch[stream]), variables['bi_tuning']
         encoder = _followed(held['encoder'], lax.stop_gradient(variables['params']), momentum)

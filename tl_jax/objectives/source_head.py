@@ -88,7 +88,8 @@ def co_tuning(
         return {**with_head.init(key, batch), **unknown}
 
     def penalty(variables, batch, aux, key):
-        likely = variables['relationship']['source_given_target'][label_of(batch[stream])]
+        fields, table = batch[stream], variables['relationship']['source_given_target']
+        likely = fields['target'] @ table if 'target' in fields else table[label_of(fields)]  # `mixed` gives targets
         logits = network.classify(variables, endpoint(aux, 'features', 'co_tuning'), train=True, rngs={'dropout': key})
         return weight * soft_cross_entropy(logits, likely), {}
 
