@@ -13,6 +13,7 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+os.environ['XDG_CACHE_HOME'] = str(ROOT / '.jax_cache')  # of cached features
 
 
 @pytest.fixture(scope='session')

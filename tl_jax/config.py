@@ -44,6 +44,9 @@ DEFAULTS = {
     'select_by': 'last',  # or '<evaluation split>/<metric>', or 'oracle' (the test split: never a fair number)
     'report_before': False,  # whether the report also shows the predictions with which the last stage begins
     'patience': 0,  # evaluations without a better `select_by` before a stage ends; 0 for never
+    'cache_features': True,  # whether a frozen backbone runs once over each example where it can: tl_jax.features
+    'cache_dtype': 'float32',  # of the features on disk; or 'float16'
+    'probe': {},  # of --mode=probe: tl_jax.probe.Protocol
     'mesh': {},  # tl_jax.mesh.create_mesh
     'sharding': [],  # rules over parameters; what none matches is replicated
 }

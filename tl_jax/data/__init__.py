@@ -8,7 +8,7 @@ from tl_jax.data.base import Source, class_weights, num_classes
 from tl_jax.data.images import open_files, read_image
 from tl_jax.data.sources import open_source
 from tl_jax.data.streams import Stream, eval_batches, iterate, train_stream
-from tl_jax.data.transforms import list_transforms, make_transform
+from tl_jax.data.transforms import list_transforms, make_transform, random_transforms
 
 __all__ = [
     'Source',
@@ -21,6 +21,7 @@ __all__ = [
     'num_classes',
     'open_files',
     'open_source',
+    'random_transforms',
     'read_image',
     'train_stream',
 ]

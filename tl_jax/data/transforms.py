@@ -65,6 +65,11 @@ def split_elementwise(items: Sequence[str | Mapping[str, Any]]) -> tuple[list, l
     return items[:cut], items[cut:]
 
 
+def random_transforms(items: Sequence[str | Mapping[str, Any]]) -> list[str]:
+    """The names of those that may give an example another look each time."""
+    return [_name(item) for item in items if _name(item) not in STEADY]
+
+
 def list_transforms() -> list[str]:
     return sorted(TRANSFORMS)
 
@@ -311,6 +316,7 @@ TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
     )
 }
 ELEMENTWISE = {'to_float', 'normalize', 'standardize', 'to_rgb', 'reverse_channels'}
+STEADY = {'resize', 'center_crop', 'pad', 'to_gray', *ELEMENTWISE}
 
 
 def _resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
