@@ -1,13 +1,15 @@
 """Seconds a step takes: ours, the same network in plain Linen, and torch's, side by side in one process.
 
     python benchmarks/step.py --case=resnet18 [--case=vit_tiny …] [--what=full,head,infer] [--repeats=5] [--json=FILE]
+        [--clock=cpu] [--only=ours,torch]
 
 A full step differentiates, and moves by SGD, every parameter; a head step only the classifier's, the backbone being in
 evaluation mode; an inference is a forward pass in that mode. "linen" is our own network with `nn.Conv`, `nn.BatchNorm` and
 `nn.max_pool` put in the place of ours, where it has convolutions. "torch" is torchvision's, timm's or transformers' network,
 eager and channels-last, and "torch_bf16" the same under autocast; they are left out, with a line, where not installed. The
 implementations take turns, so that a busy machine slows all of them; the figures are medians, and the ratios are what to
-read: above 1 ours is faster. Ours in bfloat16 is `ours_bf16`.
+read: above 1 ours is faster. Ours in bfloat16 is `ours_bf16`. On a machine that others use too, `taskset -c 1` and
+`--clock=cpu` count the seconds that one core spends on the process, whoever else runs on it.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from tl_jax.models import create_model, mobilenet, resnet
 
 CLASSES = 10
 LEARNING_RATE = 0.01
+CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
 class Case(NamedTuple):
@@ -87,32 +90,38 @@ def main():
     parser.add_argument('--case', action='append', choices=list(CASES), help='all of them unless given')
     parser.add_argument('--what', default='full,head,infer')
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--clock', choices=CLOCKS, default='wall', help='what counts as a second')
+    parser.add_argument('--only', help='these implementations and ours; all of them unless given')
     parser.add_argument('--json', type=Path, help='also write the figures here')
     options = parser.parse_args()
     results = []
     for name in options.case or CASES:
         for what in options.what.split(','):
-            results.append(run(name, what, options.repeats))
+            results.append(run(name, what, options.repeats, options.clock, options.only))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + '\n')
 
 
-def run(name: str, what: str, repeats: int) -> dict:
+def run(name: str, what: str, repeats: int, clock: str = 'wall', only: str | None = None) -> dict:
     """Measures one case, prints a line and returns the figures."""
     case = CASES[name]
     rng = np.random.default_rng(0)
     shape = (case.batch, case.size) if case.text else (case.batch, case.size, case.size, 3)
     inputs = rng.integers(1, 30000, shape, np.int32) if case.text else rng.standard_normal(shape, np.float32)
     label = rng.integers(0, CLASSES, case.batch)
-    steps, flops = {}, None
+    wanted = only.split(',') if only else ['ours', 'ours_bf16', 'linen', 'torch', 'torch_bf16']
+    steps, now = {}, CLOCKS[clock]
     steps['ours'], flops = jax_step(case, what, inputs, label)
-    steps['ours_bf16'], _ = jax_step(case, what, inputs, label, dtype='bfloat16')
-    if case.model.startswith(('resnet', 'mobilenet')):
+    if 'ours_bf16' in wanted:
+        steps['ours_bf16'], _ = jax_step(case, what, inputs, label, dtype='bfloat16')
+    if 'linen' in wanted and case.model.startswith(('resnet', 'mobilenet')):
         with plain_linen():
             steps['linen'], _ = jax_step(case, what, inputs, label)
     try:
-        steps['torch'] = torch_step(case, what, inputs, label)
-        steps['torch_bf16'] = torch_step(case, what, inputs, label, autocast=True)
+        if 'torch' in wanted:
+            steps['torch'] = torch_step(case, what, inputs, label)
+        if 'torch_bf16' in wanted:
+            steps['torch_bf16'] = torch_step(case, what, inputs, label, autocast=True)
     except ImportError as error:
         print(f'torch is left out: {error}')
     seconds = {implementation: [] for implementation in steps}
@@ -120,9 +129,9 @@ def run(name: str, what: str, repeats: int) -> dict:
         step()
     for _ in range(repeats):
         for implementation, step in steps.items():
-            start = time.perf_counter()
+            start = now()
             step()
-            seconds[implementation].append(time.perf_counter() - start)
+            seconds[implementation].append(now() - start)
     medians = {k: statistics.median(v) for k, v in seconds.items()}
     parts = [f'{k} {medians[k]:.3f} s (min {min(v):.3f})' for k, v in seconds.items()]
     ratios = [f'{k}/ours {medians[k] / medians["ours"]:.2f}' for k in medians if k != 'ours']

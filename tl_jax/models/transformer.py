@@ -14,8 +14,20 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+
+def gelu(x: Array) -> Array:
+    """`x · Φ(x)`, by the error function (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+
+    On CPU as torch writes it: the complement `erfc`, which jax takes, has two branches, and takes nearly three times as long
+    (3152×768: 7.5 against 2.6 ms, forward and backward 15.7 against 8.7).
+    """
+    if jax.default_backend() == 'cpu' and x.dtype == jnp.float32:
+        return 0.5 * x * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
+    return nn.gelu(x, approximate=False)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    'gelu': lambda x: nn.gelu(x, approximate=False),
+    'gelu': gelu,
     'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
     'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
     'relu': nn.relu,
@@ -42,10 +54,13 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, '*batch width']) -> Float[Array, '*batch features']:
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         outer = outer_dtype(self.dtype)
-        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=outer)
+        # On CPU one axis of positions: for the kernel's gradient, which contracts them, XLA would first copy both operands
+        # transposed, and compute anew in the copy's order whatever elementwise chain led to them.
+        rows = x.reshape(-1, x.shape[-1]) if jax.default_backend() == 'cpu' else x
+        y = jnp.matmul(rows.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=outer)
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32).astype(outer)
-        return y
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):
@@ -114,16 +129,22 @@ def attend(
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)
-    query, key, value = query.astype(dtype), key.astype(dtype), value.astype(dtype)
-    scores = scale * jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
+    query, key, value = (x.astype(dtype).transpose(0, 2, 1, 3) for x in (query, key, value))
+    scores = scale * jnp.einsum('bhqd,bhkd->bhqk', query, key, preferred_element_type=jnp.float32)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     if bias is not None:
         scores += bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = drop(nn.softmax(scores)).astype(dtype)
-    return jnp.einsum('bhqk,bkhd->bqhd', weights, value, preferred_element_type=outer_dtype(dtype))
+    if jax.default_backend() == 'cpu':
+        # The softmax's denominator after the product: there are `keys / dim` times fewer numbers to divide.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
+        y = jnp.matmul(drop(weights).astype(dtype), value, preferred_element_type=jnp.float32)
+        y /= jnp.sum(weights, -1, keepdims=True)
+    else:
+        y = jnp.matmul(drop(nn.softmax(scores)).astype(dtype), value, preferred_element_type=dtype)
+    return y.transpose(0, 2, 1, 3)
 
 
 class Attention(nn.Module):

@@ -221,11 +221,11 @@ class Patches(nn.Module):
         outer = outer_dtype(self.dtype)
         x = image[:, : rows * size, : columns * size].astype(self.dtype)
         x = x.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, rows, columns, size * size * channels)
+        x = x.reshape(batch * rows * columns, size * size * channels)
         y = jnp.matmul(x, kernel.reshape(-1, self.features).astype(self.dtype), preferred_element_type=outer)
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32).astype(outer)
-        return y
+        return y.reshape(batch, rows, columns, self.features)
 
 
 class Block(nn.Module):
