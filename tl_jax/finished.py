@@ -1,7 +1,8 @@
 """A finished run's network, for whatever comes after: evaluation, prediction, labels for another run."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,10 @@ from tl_jax.config import call
 from tl_jax.errors import UserError
 from tl_jax.evaluate import Predictions, create_eval_step, evaluate
 from tl_jax.experiment import model_from, module_from
-from tl_jax.objectives import inputs_of
+from tl_jax.objectives import Model, inputs_of
+from tl_jax.peft import adapters_from, merged
+from tl_jax.peft.files import ON_FILE, as_held
+from tl_jax.peft.huggingface import save_peft
 
 
 class Trained(NamedTuple):
@@ -59,11 +63,62 @@ def trained(workdir: Path) -> Trained:
     return Trained(predict, variables, names, shape, about['eval_transform'])
 
 
-def network(workdir: Path) -> tuple[Any, dict[str, Any]]:
-    """The Linen module of a finished run and all variables that it left; errors as `trained`."""
-    _, contents, about = _opened(workdir)
-    module = module_from(**about['model'], classes=len(about['class_names']), dtype=about['dtype'])
-    return module, trees.unflatten({path: np.asarray(tensor.array()) for path, tensor in contents.tensors.items()})
+def network(workdir: Path, *, merge: str = '') -> tuple[Any, dict[str, Any]]:
+    """The Linen module of a finished run and all variables that it left; errors as `trained`.
+
+    Args:
+      workdir: of the run.
+      merge: whether to merge its adapters, if it has any, into the network's weights; 'restored' says so of a base that was
+        held in few bits, which is merged as it was restored from them.
+    """
+    path, _, about = _opened(workdir)
+    module, section = _module(about), about['model']
+    variables = variables_of(path)
+    if not section.get('peft'):
+        return module, variables
+    if not merge:
+        raise UserError(f'{workdir}: has adapters; merge them into the network: --mode=export --merge --origin=tl_jax')
+    if section.get('quantize'):
+        if merge != 'restored':
+            raise UserError(
+                f'{workdir}: its base was held in {section["quantize"].get("name")}, and merging makes it whole again, of the '
+                'values that are restored from that; --merge=restored if that is what you want'
+            )
+        variables['params'] = as_held(variables['params'], section['quantize'])
+    adapters = adapters_from(section['peft'], type(module.backbone).__name__)
+    acting = {name: adapters[name] for name in section.get('active') or adapters}
+    inputs = np.zeros((1, *about['input_shape']), about.get('input_dtype', 'float32'))
+    return module, merged(Model(None, module.apply, None), acting, variables, inputs)
+
+
+def export_adapters(workdir: Path, folder: Path) -> list[str]:
+    """Writes the adapters of a finished run, and what learned beside them, as a folder of Hugging Face's `peft`.
+
+    Raises:
+      UserError: as `trained`; the run has no adapters or no base, or `peft` has no such adapters.
+    """
+    path, contents, about = _opened(workdir)
+    section = about['model']
+    if not section.get('peft'):
+        raise UserError(f'{workdir}: has no adapters; export its network, with --origin=transformers say')
+    if 'base' not in about:
+        raise UserError(f'{workdir}: its adapters have no base that others could have: it began at random; use --merge')
+    acting = {name: section['peft'][name] for name in section.get('active') or section['peft']}
+    own = [name for name in contents.tensors if not re.fullmatch(ON_FILE, name)]
+    source = about['base']['source'].removeprefix('hf://')
+    return save_peft(folder, acting, variables_of(path), own, _module(about).backbone, base=source)
+
+
+def _module(about: Mapping[str, Any]) -> Any:
+    """The network that a run's file describes, without its adapters."""
+    fields = {name: value for name, value in about['model'].items() if name not in ('peft', 'active', 'quantize')}
+    return module_from(**fields, classes=len(about['class_names']), dtype=about['dtype'])
+
+
+def variables_of(path: Path) -> dict[str, Any]:
+    """All variables of a file of ours, those of its base included."""
+    tensors = pretrained.whole(path).tensors
+    return trees.unflatten({name: np.asarray(tensor.array()) for name, tensor in tensors.items()})
 
 
 def _opened(workdir: Path) -> tuple[Path, pretrained.Contents, dict[str, Any]]:

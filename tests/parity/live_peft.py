@@ -74,7 +74,7 @@ def nchw(image):
 
 
 _BERT = dict(vocabulary=83, length=19, width=24, depth=3, heads=3, mlp_width=40, pool='pooler', segments=3)
-_TEXTS = cases_bert.texts(3)
+_TEXTS = cases_bert.texts(3, length=13)  # and a prompt beside it
 NETWORKS = {
     'bert': Network(
         'bert_tiny',
@@ -153,7 +153,8 @@ METHODS = {
 }
 
 
-CASES = [(n, m) for n in NETWORKS for m in METHODS if n != 'vit' or not m.startswith(('p_', 'pre', 'pro'))]
+PROMPTS = ('prompt', 'prefix', 'prefix_projection', 'p_tuning')
+CASES = [(network, method) for network in NETWORKS for method in METHODS if network != 'vit' or method not in PROMPTS]
 
 
 @pytest.mark.parametrize(('network', 'method'), CASES)
@@ -161,6 +162,9 @@ def test_both_directions(network, method, tmp_path):
     case = NETWORKS[network]
     theirs, base = made(case, METHODS[method])
     inputs = case.inputs(np.random.default_rng(0))
+    if method in PROMPTS and network == 'gpt2':
+        # With a prompt peft drops the positions that padding on the left needs, and the classifier takes the last place.
+        inputs = cases_gpt2.padded('none')(np.random.default_rng(0))
     wanted = logits(theirs, case.torch_inputs(inputs))
     theirs.save_pretrained(tmp_path / 'theirs')
 
@@ -171,8 +175,7 @@ def test_both_directions(network, method, tmp_path):
     mask = real(inputs, wanted)
     reading = harness.error(np.asarray(apply(variables, inputs))[mask], wanted[mask])
     assert reading <= TOLERANCE, reading
-    with theirs.disable_adapter():
-        without = logits(theirs, case.torch_inputs(inputs))
+    without = logits(base_of(case, base)[0], case.torch_inputs(inputs))
     assert harness.error(without[mask], wanted[mask]) > 0.01, 'the adapter does nothing'
 
     # Ours differ from what was read, so that modules of theirs hold several unlike adapters of ours.
@@ -252,8 +255,10 @@ def real(inputs, wanted):
 
 
 def logits(model, arguments):
+    """Their logits, of a text's tokens not those of a prompt before it."""
     with torch.no_grad():
-        return model(**arguments).logits.numpy()
+        found = model(**arguments).logits.numpy()
+    return found[:, -arguments['input_ids'].shape[1] :] if found.ndim == 3 else found
 
 
 def write_figures(name, figures):

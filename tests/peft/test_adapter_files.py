@@ -17,7 +17,7 @@ from tl_jax.train import train_and_evaluate
 from tl_jax.trees import flatten
 
 ADAM = {'name': 'adam', 'lr': 1e-2}
-VIT = dict(name='vit_tiny_patch16', width=16, depth=2, heads=2, patch_size=4, image_size=8)
+VIT = dict(name='vit_tiny_patch16', width=16, depth=1, heads=2, patch_size=4, image_size=8)
 LORA = dict(name='lora', rank=2)
 RULES = [['(adapters|head)/.*', ADAM], ['backbone/norm/.*', ADAM], ['.*', None]]
 
@@ -33,15 +33,6 @@ def base(tmp_path_factory):
     values = jax.tree.map(lambda s: 0.3 * rng.standard_normal(s.shape).astype(np.float32), shapes)
     pretrained.save_variables(path, values, {})
     return path
-
-
-@pytest.fixture
-def config(digits_config, base):
-    def make(**model):
-        section = {**VIT, 'source': str(base), 'peft': LORA, **model}
-        return digits_config(model=section, stages=[{'steps': 3, 'train': RULES}])
-
-    return make
 
 
 @pytest.fixture(scope='module')
@@ -83,8 +74,7 @@ def assert_equal(tree, expected):
 def test_holds_what_learned_and_names_the_base(run, base):
     workdir, _ = run
     names = {
-        f'params/adapters/default/backbone/block{i}/attention/{part}/lora_{factor}'
-        for i in (1, 2)
+        f'params/adapters/default/backbone/block1/attention/{part}/lora_{factor}'
         for part in ('query', 'value')
         for factor in 'ab'
     }
@@ -105,10 +95,12 @@ def test_is_read_as_the_whole_network(run, capsys):
     assert f'accuracy {accuracy:.4f}' in capsys.readouterr().out
 
 
-def test_another_run_goes_on_from_it_over_the_same_base(run, config, tmp_path):
+def test_another_run_goes_on_from_it_over_the_same_base(run, tmp_path):
     workdir, _ = run
     before = stored(workdir)
-    still = digits(dict(VIT, source=str(workdir / 'model.safetensors'), peft=LORA), [['head/bias', ADAM], ['.*', None]], 1)
+    still = digits(
+        dict(VIT, source=str(workdir / 'model.safetensors'), peft=LORA), [['head/bias', ADAM], ['.*', None]], 1
+    )
     train_and_evaluate(still, tmp_path / 'next')
     assert card(tmp_path / 'next')['base'] == card(workdir)['base']
     after = stored(tmp_path / 'next')
@@ -124,7 +116,7 @@ def test_more_adapters_beside_those_on_file(run, tmp_path):
     train_and_evaluate(more, tmp_path / 'next')
     before, after = stored(workdir), stored(tmp_path / 'next')
     assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())
-    assert len(after) == len(before) + 8
+    assert len(after) == len(before) + 4
 
 
 def test_adapter_of_another_base(base, tmp_path):
@@ -143,10 +135,10 @@ def test_adapter_of_another_base(base, tmp_path):
         finished.trained(run)
 
 
-def test_a_network_without_adapters_refuses_the_file(run, config, tmp_path):
+def test_a_network_without_adapters_refuses_the_file(run, tmp_path):
     workdir, _ = run
     with pytest.raises(UserError, match='has adapters; add model.peft=.*lora.*--merge'):
-        train_and_evaluate(config(source=str(workdir / 'model.safetensors'), peft=None), tmp_path / 'next')
+        train_and_evaluate(digits(dict(VIT, source=str(workdir / 'model.safetensors')), RULES), tmp_path / 'next')
 
 
 def test_a_random_base_is_saved_whole(tmp_path):
@@ -189,6 +181,22 @@ def test_export_merged(run, tmp_path):
     np.testing.assert_allclose(module.apply(whole, images)['logits'], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_base_in_few_bits_is_left_to_its_source(base, tmp_path):
+    section = dict(VIT, source=str(base), peft=LORA, quantize=dict(name='int8'))
+    state = train_and_evaluate(digits(section, RULES, 1), tmp_path / 'run')
+    assert len(stored(tmp_path / 'run')) == 8
+    model = finished.trained(tmp_path / 'run')
+    assert_equal(model.variables, {'params': state.params})
+    with pytest.raises(
+        UserError, match='its base was held in int8, and merging makes it whole again.*--merge=restored'
+    ):
+        finished.network(tmp_path / 'run', merge='true')
+    module, merged = finished.network(tmp_path / 'run', merge='restored')
+    images = np.random.default_rng(0).standard_normal((3, 8, 8, 1)).astype(np.float32)
+    wanted = model.predict(model.variables, {'image': images})['logits']
+    np.testing.assert_allclose(module.apply(merged, images)['logits'], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_export_as_a_folder_of_peft_and_train_from_it(run, base, tmp_path):
     workdir, state = run
     run_export({'workdir': str(workdir), 'origin': 'peft', 'output': str(tmp_path / 'adapter')}, [])
@@ -196,9 +204,9 @@ def test_export_as_a_folder_of_peft_and_train_from_it(run, base, tmp_path):
     assert (described['r'], described['lora_alpha'], described['peft_type']) == (2, 16, 'LORA')
     assert described['modules_to_save'] == ['classifier', 'vit.layernorm']
     a = safetensors.numpy.load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')[
-        'base_model.model.vit.layers.1.attention.v_proj.lora_A.weight'
+        'base_model.model.vit.layers.0.attention.v_proj.lora_A.weight'
     ]
-    ours = state.params['adapters']['default']['backbone']['block2']['attention']['value']['lora_a']
+    ours = state.params['adapters']['default']['backbone']['block1']['attention']['value']['lora_a']
     np.testing.assert_array_equal(a, np.asarray(ours).T)
 
     section = dict(VIT, source=str(base), peft=str(tmp_path / 'adapter'))

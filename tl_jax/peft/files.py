@@ -19,6 +19,7 @@ from tl_jax.objectives.base import Model
 from tl_jax.peft import adapters_from
 from tl_jax.peft.base import CONSTANTS, ROLE, adapted
 from tl_jax.peft.huggingface import load_peft
+from tl_jax.peft.quantized import held, restored
 from tl_jax.trees import flatten, unflatten
 
 ON_FILE = rf'(params|{CONSTANTS})/{ROLE}/.*'
@@ -126,15 +127,27 @@ def stored(variables: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[di
     Returns:
       The leaves to save, and what the card says of their base; None where they are whole.
     """
+    whole = {**variables, 'params': restored(variables['params']) if section.get('quantize') else variables['params']}
     if not section.get('peft') or not section.get('source'):
-        return dict(variables), None
+        return whole, None
     base, fresh = pretrained.root_of(section['source'], section.get('ignore', ()), section.get('fresh', ()))
-    own = {path: leaf for path, leaf in flatten(variables).items() if not re.fullmatch(ON_FILE, path)}
+    own = {path: leaf for path, leaf in flatten(whole).items() if not re.fullmatch(ON_FILE, path)}
     shapes = unflatten({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in own.items()})
     filled, _ = pretrained.overlay(
         base.source, shapes, backbone=_backbone(section), ignore=base.ignore, fresh=_matching(fresh, own)
     )
-    return pretrained.differences(variables, filled), base._asdict()
+    if section.get('quantize'):
+        filled['params'] = as_held(filled['params'], section['quantize'])
+    return pretrained.differences(whole, filled), base._asdict()
+
+
+def as_held(params: Mapping[str, Any], quantize: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as they are restored from few bits, by `config.model.quantize`; those that are but shapes stay so."""
+    flat = flatten(params)
+    lacking = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
+    zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in lacking.items()}
+    fields = {'rule': r'backbone/.*/kernel', **quantize}
+    return unflatten(flatten(restored(held(unflatten(flat | zeros), **fields))) | lacking)
 
 
 def described(section: Mapping[str, Any]) -> dict[str, Any]:
