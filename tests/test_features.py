@@ -132,7 +132,10 @@ def test_what_is_stored_is_known_by_its_content():
         ({'data': {**SMALL, 'train_transform': ['flip', 'to_float']}}, "the transform flip of 'train' is random"),
         ({'model': {**MODELS['batch_norm'], 'vector_dropout': 0.5, 'dense': [8]}}, 'drops units or paths at random'),
         ({'stages': [{'name': 'probe', 'steps': 2, 'train': [['head/.*', ADAM]]}]}, 'do not see the 40 examples'),
-        ({'objective': {'name': 'supervised', 'mixed': {'mixup': 0.2}}}, "wants more of it than its features ('image'"),
+        (
+            {'objective': {'name': 'supervised', 'mixed': {'mixup': 0.2}}},
+            "wants more of it than its features (KeyError: 'image')",
+        ),
     ],
     ids=['random transform', 'dropout', 'short', 'mixed images'],
 )

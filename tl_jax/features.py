@@ -213,7 +213,8 @@ def _require_features_alone(
     except Uncached:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
-        raise Uncached(f'the objective wants more of it than its features ({str(error) or error!r:.120})') from None
+        said = f'{type(error).__name__}: {error!s:.120}'
+        raise Uncached(f'the objective wants more of it than its features ({said})') from None
 
 
 def _fields_of(stream: Mapping[str, Any], inputs: Any) -> list[str]:
