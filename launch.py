@@ -23,12 +23,15 @@ from tl_jax.train import Preempted
 FLAGS = {
     'config': 'FILE.py[:arg]; without it, the config stored in --workdir',
     'workdir': 'directory of the run',
-    'mode': 'train (default), eval, predict, sweep, export, merge',
+    'mode': 'train (default), eval, predict, sweep, export, merge, lr_range',
     'files': 'predict: images, or a pattern in quotes; merge: finished runs, likewise',
     'method': 'merge: greedy_soup, uniform_soup, wise_ft, task_arithmetic, ties, dare; with fields ties(density=0.2)',
     'start': 'merge: the run that the others began from',
     'output': 'predict: the csv, <workdir>/predictions.csv unless given; export: the .safetensors file',
     'origin': 'export: whose names to write: torchvision, timm, transformers, …',
+    'trials': 'sweep: of a search over the config file’s space(), 20 unless given',
+    'workers': 'sweep: how many trials run at once',
+    'range': 'lr_range: its ends, 1e-7,10 unless given',
     'dry_run': 'say what would be trained, and stop',
 }
 

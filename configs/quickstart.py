@@ -54,3 +54,15 @@ def sweep() -> Iterator[tuple[str, dict]]:
     for strategy in STRATEGIES:
         for seed in range(3):
             yield strategy, {'seed': seed}
+
+
+def space(arg: str = 'full') -> dict:
+    """For `--mode=sweep --trials=20 --workers=2 --config=configs/quickstart.py:full`."""
+    space = {
+        'stages[0].train[0][1].lr': dict(low=1e-4, high=1e-1, log=True),
+        'stages[0].train[0][1].weight_decay': dict(low=1e-4, high=1e-1, log=True),
+        'objective.label_smoothing': [0.0, 0.1],
+    }
+    if arg == 'lp_ft':
+        space['stages[1].train[0][1].lr'] = dict(low=1e-5, high=1e-2, log=True)
+    return space

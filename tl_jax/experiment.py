@@ -1,5 +1,6 @@
 """From a resolved config to the parts that the loop runs: data, models, objectives, stages; all checked before any work."""
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax import data as data_lib
-from tl_jax import models, objectives, pretrained, trees
+from tl_jax import models, objectives, partitions, pretrained, trees
+from tl_jax import stages as stages_lib
 from tl_jax.config import call
 from tl_jax.errors import UserError, nearest
 from tl_jax.experiment_data import Data, data_from
@@ -27,7 +29,7 @@ class Stage(NamedTuple):
     Attributes:
       name: shown in reports.
       steps: its length.
-      rules: which parameters it trains, and how.
+      rules: which parameters it trains, and how; a function from the log's records where those decide.
       objective: the method; its `init` gives random variables, so that shapes cost nothing. Stages of one method share it.
       init: the same with pretrained weights: (key, batch) -> variables.
       gradient: how the loss becomes a gradient.
@@ -35,7 +37,7 @@ class Stage(NamedTuple):
 
     name: str
     steps: int
-    rules: Sequence[tuple[str, Any]]
+    rules: Sequence[tuple[str, Any]] | Callable[[Sequence[Mapping]], Sequence[tuple[str, Any]]]
     objective: Objective
     init: Callable
     gradient: Gradient
@@ -56,11 +58,16 @@ class Experiment(NamedTuple):
     stages: list[Stage]
     batch: dict[str, dict[str, np.ndarray]]
 
-    def partition(self, number: int, params: Any) -> Partition:
+    def rules(self, number: int, records: Sequence[Mapping[str, Any]] = ()) -> Sequence[tuple[str, Any]]:
+        """What stage `number` trains, after what the stages before have logged."""
+        rules = self.stages[number].rules
+        return rules([r for r in records if r['stage'] < number]) if callable(rules) else rules
+
+    def partition(self, number: int, params: Any, records: Sequence[Mapping[str, Any]] = ()) -> Partition:
         """The partition of stage `number`."""
         stage, field = self.stages[number], f'config.stages[{number}].train'
         phases = [(phase.name, phase.rule) for phase in phases_of(stage.objective)]
-        return create_partition(stage.rules, params, steps=stage.steps, phases=phases, field=field)
+        return create_partition(self.rules(number, records), params, steps=stage.steps, phases=phases, field=field)
 
     def streams(self, number: int) -> dict[str, Any]:
         """The streams that stage `number` reads."""
@@ -122,6 +129,9 @@ def build(config: Mapping[str, Any]) -> Experiment:
         raise UserError(
             "config.stages: is empty; add one, such as dict(steps=100, train=[('.*', dict(name='adam', lr=1e-3))])"
         )
+    order = layer_order(config['model'])
+    facts = {'layers': len(partitions.layers_of(order)), 'num_examples': next(iter(data.sources.values())).length}
+    config['stages'] = stages_lib.expanded(config['stages'], facts)
     stages: list[Stage] = []
     for i, section in enumerate(config['stages']):
         field, fields = f'config.stages[{i}]', dict(section)
@@ -161,7 +171,22 @@ def build(config: Mapping[str, Any]) -> Experiment:
     batch = {name: stream.batch_at(0) for name, stream in data.streams.items()}
     _check_width(config['model'], batch)
     _check_classes(config['model'], stages[-1].objective, data)
-    return Experiment(config, data, stages, batch)
+    experiment = Experiment(config, data, stages, batch)
+    return experiment._replace(stages=[_with_rules(experiment, number, order) for number in range(len(stages))])
+
+
+def _with_rules(experiment: Experiment, number: int, order: Sequence[str]) -> Stage:
+    """The stage with its named partitions written out as rules."""
+    stage = experiment.stages[number]
+    if partitions.is_plain(stage.rules):
+        return stage
+    leaves = trees.flatten(experiment.shapes(number)['params'])
+    write = functools.partial(
+        partitions.expanded, stage.rules, order, leaves, field=f'config.stages[{number}].train'
+    )
+    if not partitions.follows_history(stage.rules):
+        return stage._replace(rules=write())
+    return stage._replace(rules=lambda records: write(history=partitions.history_of(records)))
 
 
 def model_from(
@@ -203,6 +228,13 @@ def model_from(
         return module.apply(variables, features, train, rngs=rngs, method='classify')
 
     return Model(init, module.apply, classify)
+
+
+def layer_order(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Regexes of the backbone's layers, from input to output, of a section like `config.model`."""
+    loading = inspect.signature(model_from).parameters.keys() - inspect.signature(module_from).parameters.keys()
+    fields = {name: value for name, value in section.items() if name not in loading}
+    return call(module_from, fields, 'config.model', classes=1).backbone.layer_order
 
 
 def module_from(*, name: str, num_classes: int | None = None, classes: int, **overrides: Any) -> models.Classifier:
@@ -328,7 +360,7 @@ def original_from(section: Mapping[str, Any], classes: int, dtype: Any, *, load:
 
 def stage_from(
     *,
-    train: list,
+    train: list | Mapping,
     steps: int | None = None,
     epochs: float | None = None,
     examples: int | None = None,
@@ -353,12 +385,10 @@ def stage_from(
     count = max(1, round(length * in_examples[unit] / a_step)) if length > 0 else 0
     if count < 1:
         raise UserError(f'config.stages[{number}].{unit}: must be above 0, not {length}')
-    for i, rule in enumerate(train):
-        if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise UserError(f"config.stages[{number}].train[{i}]: must be a pair ('regex', optimizer), not {rule!r}")
+    partitions.check(train, f'config.stages[{number}].train')
     facts = {'sample_rate': data.sample_rate, 'num_examples': num_examples, 'batch_size': batch_size, 'steps': count}
     built = create_gradient(*gradient, facts)
-    return Stage(name or f'stage {number + 1}', count, [tuple(rule) for rule in train], objective, init, built)
+    return Stage(name or f'stage {number + 1}', count, train, objective, init, built)
 
 
 def create_gradient(section: Mapping[str, Any], where: str, facts: Mapping[str, Any]) -> Gradient:

@@ -97,6 +97,9 @@ def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
     if 'config' not in flags:
         raise UserError('--config: a sweep needs a config file')
     workdir, (module, arg) = _workdir(flags), config_lib.load_module(flags['config'])
+    if 'trials' in flags or (hasattr(module, 'space') and not hasattr(module, 'sweep')):
+        run_search(flags, assignments)
+        return
     if not hasattr(module, 'sweep'):
         raise UserError(f'--config: {flags["config"]} defines no sweep(), which yields (variant, overrides)')
     variants = list(module.sweep(arg) if arg else module.sweep())
@@ -135,12 +138,48 @@ def run_merge(flags: Flags, assignments: Sequence[str]) -> None:
     say(f'{summary["merge"]["method"]}, chosen by {summary["select_by"]}: {figures}')
 
 
+def run_search(flags: Flags, assignments: Sequence[str]) -> None:
+    """Searches the config file's `space()` for the fields with which the evaluation split likes the model best."""
+    from tl_jax import search  # Optuna takes a second to import
+
+    workdir, (module, arg) = _workdir(flags), config_lib.load_module(flags['config'])
+    if not hasattr(module, 'space'):
+        raise UserError(f'--config: {flags["config"]} defines no space(), which gives {{field: dict(low=…, high=…)}}')
+    space = dict(module.space(arg) if arg else module.space())
+    selection = search.checked(_config(flags, assignments), space)
+    command = search.launched(flags['config'], assignments, Path(__file__).resolve().parent.parent / 'launch.py')
+    counts = {name: _count(flags, name) for name in ('trials', 'workers') if name in flags}
+    seed = _config(flags, assignments).seed
+    trials = search.search(space, workdir, selection, command, seed=seed, **counts)
+    best = search.write_results(workdir, trials, selection, space)
+    page = report.write_search_report(workdir)
+    say((workdir / 'table.md').read_text())
+    say(f'best: {best["trial"]}, {selection} {best["value"]:.4f}: {best["fields"]}; report: {page}')
+
+
+def run_lr_range(flags: Flags, assignments: Sequence[str]) -> None:
+    """Trains the config's first stage for a hundred steps with a growing learning rate, and suggests one."""
+    from tl_jax.lr_range import lr_range
+
+    ends = {}
+    if 'range' in flags:
+        try:
+            ends = dict(zip(('low', 'high'), map(float, flags['range'].split(',')), strict=True))
+        except ValueError:
+            raise UserError(f'--range: must be two rates, such as 1e-6,1; not {flags["range"]}') from None
+    workdir = _workdir(flags)
+    found = lr_range(config_lib.resolve(_config(flags, assignments)), workdir, **ends)
+    say(f'steepest descent at {found.steepest:.2g}; a tenth of the lowest: {found.tenth:.2g}')
+    say(f'the highest rate of the first stage is meant; the others keep their ratios to it: {workdir / "lr_range.png"}')
+
+
 JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
     'train': run_train,
     'eval': run_eval,
     'predict': run_predict,
     'sweep': run_sweep,
     'export': run_export,
+    'lr_range': run_lr_range,
     'merge': run_merge,
 }
 
@@ -148,6 +187,12 @@ JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
 def _refuse_assignments(assignments: Sequence[str], mode: str) -> None:
     if assignments:
         raise UserError(f'--config.{assignments[0]}: --mode={mode} uses the finished run as it is; leave it out')
+
+
+def _count(flags: Flags, name: str) -> int:
+    if not flags[name].isdecimal() or int(flags[name]) < 1:
+        raise UserError(f'--{name}: must be a whole number above 0, not {flags[name]}')
+    return int(flags[name])
 
 
 def _workdir(flags: Flags) -> Path:

@@ -63,6 +63,32 @@ class Partition(NamedTuple):
         updates, _ = trees.split(updates, self.phases[phase].__contains__)
         return trees.merge(params, optax.apply_updates(mine, updates)), moved._replace(inner_states=inner)
 
+    def figures(self, opt_state: Any) -> dict[str, float]:
+        """`{'gradient/<rule>': Σ_leaves |Σ_t g_t|₁}` over the stage so far, of the rules whose optimizer is `measured`."""
+        number = lambda group: int(group.partition('/')[0])
+        rules = dict(zip(sorted({*map(number, opt_state.inner_states)}), self.schedules, strict=True))
+        sizes: dict[str, float] = {}
+        for group, state in opt_state.inner_states.items():
+            for found in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Measured)):
+                if isinstance(found, Measured):
+                    name = f'gradient/{rules[number(group)]}'
+                    sizes[name] = sizes.get(name, 0.0) + sum(float(jnp.sum(jnp.abs(g))) for g in jax.tree.leaves(found))
+        return sizes
+
+
+class Measured(NamedTuple):
+    """The sum of the gradients that a group has seen in a stage."""
+
+    total: Any
+
+
+def measured() -> optax.GradientTransformation:
+    """Adds up the gradients and hands them on as they are."""
+    return optax.GradientTransformation(
+        lambda params: Measured(jax.tree.map(jnp.zeros_like, params)),
+        lambda grads, state, params=None: (grads, Measured(jax.tree.map(jnp.add, state.total, grads))),
+    )
+
 
 def create_partition(
     rules: trees.Rules,
@@ -145,6 +171,8 @@ def create_optimizer(
     gradient, as in torch.optim. It is 0 unless given, whatever optax's default. With several `updates` a step the schedule
     still goes by steps.
 
+    With `measured=True` its state also holds the sum of the stage's gradients, for `Partition.figures`.
+
     Returns:
       the transformation, and its learning rate as a function of the step within the stage.
     """
@@ -152,6 +180,7 @@ def create_optimizer(
         raise UserError(f"{where}: must be an optimizer such as dict(name='sgd', lr=0.1), not {spec!r}")
     options = dict(spec)
     name, lr, decay = options.pop('name', None), options.pop('lr', None), options.pop('weight_decay', 0.0)
+    measure = options.pop('measured', False)
     if name not in OPTIMIZERS:
         raise UserError(f'{where}.name: unknown optimizer {name!r}; {nearest(str(name), OPTIMIZERS)}')
     if lr is None:
@@ -163,11 +192,24 @@ def create_optimizer(
     optimizer = call(constructor, options, where, learning_rate=counted, **extra)
     if decay and not own_decay:
         optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)
-    return optimizer, schedule
+    return optax.chain(measured(), optimizer) if measure else optimizer, schedule
+
+
+def scaled(spec: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """The optimizer with its learning rate, a number or a schedule, times `factor`."""
+    lr = spec.get('lr')
+    if isinstance(lr, Mapping):
+        lr = {**lr, **{name: lr[name] * factor for name in ('peak', 'end') if name in lr}}
+    elif isinstance(lr, int | float):
+        lr = lr * factor
+    return {**spec, 'lr': lr}
 
 
 def create_schedule(spec: float | Mapping[str, Any], *, steps: int, where: str = 'lr') -> optax.Schedule:
-    """Builds a learning rate: a number, or `dict(name='cosine', peak=1e-3, warmup=100)`; see the functions below."""
+    """Builds a learning rate: a number, or `dict(name='cosine', peak=1e-3, warmup=100)`; see the functions below.
+
+    `span=[a, b]` makes it the part from a to b, as fractions, of a schedule that several stages share.
+    """
     if isinstance(spec, int | float) and not isinstance(spec, bool):
         return optax.constant_schedule(float(spec))
     if not isinstance(spec, Mapping):
@@ -176,6 +218,13 @@ def create_schedule(spec: float | Mapping[str, Any], *, steps: int, where: str =
     name = options.pop('name', None)
     if name not in SCHEDULES:
         raise UserError(f'{where}.name: unknown schedule {name!r}; {nearest(str(name), SCHEDULES)}')
+    if 'span' in options:
+        begin, end = options.pop('span')
+        if not 0 <= begin < end <= 1:
+            raise UserError(f'{where}.span: must be two fractions, the smaller one first, not {[begin, end]}')
+        whole = round(steps / (end - begin))
+        inner = create_schedule({'name': name, **options}, steps=whole, where=where)
+        return lambda count: inner(count + round(begin * whole))
     warmup = options.pop('warmup', 0)
     if not isinstance(warmup, int) or not 0 <= warmup < max(steps, 1):
         raise UserError(f'{where}.warmup: must be a number of steps below the {steps} of the stage, not {warmup!r}')
@@ -194,6 +243,11 @@ def constant(*, peak: float, steps: int) -> optax.Schedule:
 def linear(*, peak: float, end: float = 0.0, steps: int) -> optax.Schedule:
     """A straight line from `peak` to `end`."""
     return optax.linear_schedule(peak, end, steps)
+
+
+def exponential(*, peak: float, end: float, steps: int) -> optax.Schedule:
+    """peak · (end / peak)^p, p the fraction that is done; `end` may be the higher one."""
+    return lambda count: peak * (end / peak) ** (count / max(steps, 1))
 
 
 def cosine(*, peak: float, end: float = 0.0, steps: int) -> optax.Schedule:
@@ -227,6 +281,7 @@ SCHEDULES = {
     'annealed': annealed,
     'constant': constant,
     'linear': linear,
+    'exponential': exponential,
     'cosine': cosine,
     'step': step,
     'slanted_triangular': slanted_triangular,

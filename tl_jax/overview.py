@@ -21,8 +21,8 @@ def describe(config: Mapping[str, Any]) -> str:
     layout_of = layouts(experiment, mesh)
     stages = [layout_of(number) for number in range(len(experiment.stages))]
     lines = [*_data(experiment), '', *_parameters(experiment, stages)]
-    for stage, layout in zip(experiment.stages, stages, strict=True):
-        lines += ['', *_memory(experiment, stage, layout)]
+    for number, (stage, layout) in enumerate(zip(experiment.stages, stages, strict=True)):
+        lines += ['', *_memory(experiment, stage, layout), *_rules(experiment, number)]
     return '\n'.join([*lines, '', f'mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}'])
 
 
@@ -41,7 +41,7 @@ def _parameters(experiment: Experiment, stages: list[Layout]) -> list[str]:
     flat = trees.flatten(trees.merge(*(stage.state.params for stage in stages)))
     columns = []
     for number, stage in enumerate(experiment.stages):
-        rules = [(regex, 'frozen' if spec is None else f'{spec["name"]}') for regex, spec in stage.rules]
+        rules = [(regex, 'frozen' if spec is None else f'{spec["name"]}') for regex, spec in experiment.rules(number)]
         there = trees.flatten(stages[number].state.params)
         said = trees.match(rules, there, field=f'config.stages[{number}].train', default='frozen')
         columns.append({path: said.get(path, 'absent') for path in flat})
@@ -72,6 +72,15 @@ def _memory(experiment: Experiment, stage: Stage, layout: Layout) -> list[str]:
     ]
     lines += [f'  {size / 1e6:10.2f} MB  {what}' for what, size in parts.items()]
     return [*lines, f'  {sum(parts.values()) / 1e6:10.2f} MB  estimate, before sharding and XLA’s own temporaries']
+
+
+def _rules(experiment: Experiment, number: int) -> list[str]:
+    """The stage's rules as written out, with their optimizers."""
+    after = ' (decided when it begins)' if callable(experiment.stages[number].rules) else ''
+    return [f'  trains{after}:'] + [
+        f'    {regex}: ' + ('frozen' if spec is None else ' '.join(f'{k}={v}' for k, v in spec.items()))
+        for regex, spec in experiment.rules(number)
+    ]
 
 
 def _activations(experiment: Experiment, objective: Objective, layout: Layout) -> int:

@@ -83,6 +83,10 @@ def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str,
         'seed': config['seed'],
         'select_by': str(run.selection),
         'selected_step': int(state.step),
+        'stages': [
+            {'name': s.name, 'steps': s.steps, 'train': dict(run.experiment.rules(n, run.log.records))}
+            for n, s in enumerate(run.experiment.stages)
+        ],
         'metrics': metrics,
         'parameters': {
             'total': parameter_count(state.params),

@@ -1,7 +1,7 @@
 """One step: the pure function that the loop compiles, and the layout of the state that it maps to the next."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,8 +106,16 @@ def progress(step: Any, steps: int) -> dict[str, Any]:
     return {'progress': {'step': step, 'fraction': step.astype(jnp.float32) / steps}}
 
 
-def layouts(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[int], Layout]:
-    """Returns a function from the number of a stage to the layout of its states on the mesh."""
+def layouts(
+    experiment: Experiment, mesh: jax.sharding.Mesh, records: Sequence[Mapping[str, Any]] = ()
+) -> Callable[[int], Layout]:
+    """Returns a function from the number of a stage to the layout of its states on the mesh.
+
+    Args:
+      experiment: whose stages they are.
+      mesh: of devices.
+      records: the run's log, which may grow, and which decides what some stages train.
+    """
     ema = experiment.config['ema']
 
     @functools.cache
@@ -119,12 +127,12 @@ def layouts(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[int], 
     every = trees.merge(*(shapes_of(number).params for number in range(len(experiment.stages))))
     by_parameter = mesh_lib.parameter_shardings(every, experiment.config['sharding'], mesh)
 
-    @functools.cache
-    def layout_of(number: int) -> Layout:
+    def create(number: int) -> Layout:
         shapes = shapes_of(number)
-        partition = experiment.partition(number, shapes.params)
+        partition = experiment.partition(number, shapes.params, records)
         state = jax.eval_shape(lambda s: enter_stage(s, partition, ema=ema), shapes)
         shardings = mesh_lib.state_shardings(state, by_parameter, mesh)
         return Layout(partition, jax.tree.map(lambda s, n: s.update(sharding=n), state, shardings))
 
-    return layout_of
+    created = functools.cache(create)
+    return lambda number: (create if callable(experiment.stages[number].rules) else created)(number)

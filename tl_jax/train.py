@@ -50,7 +50,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
     for field in ('batch_size', 'eval_batch_size'):
         mesh_lib.check_batch_size(config[field], mesh, f'config.{field}')
     experiment = build(config)
-    layout_of = layouts(experiment, mesh)
+    records = workdir_lib.read_records(workdir / workdir_lib.METRICS)
+    layout_of = layouts(experiment, mesh, records)
     for number in range(len(experiment.stages)):  # every rule is tried before the first step
         layout_of(number)
     selection = selection_from(
@@ -67,7 +68,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
     if restored:
         say(f'resuming {workdir} at step {int(restored[0].step)}')
     state, place = restored or (state or initial_state(experiment, mesh), None)
-    log = workdir_lib.MetricsLog(workdir, resume_step=int(state.step))
+    log = workdir_lib.MetricsLog(workdir, records, resume_step=int(state.step))
     before = next((r['seconds'] for r in reversed(log.records) if 'seconds' in r), 0.0)
     eval_step_of = functools.cache(lambda o: create_eval_step(o.predict, classification=o.figures is None))
     seconds = lambda: before + time.perf_counter() - start
@@ -138,6 +139,9 @@ def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: thread
             if spent:
                 run.log.write(step, place.stage, spent)
                 progress.show(step, spent, keep=True)
+            measured = layout.partition.figures(state.opt_state) if last else {}
+            if measured:
+                run.log.write(step, place.stage, measured)
             score = None
             if evaluating:
                 values = evaluate_splits(run, state, objective, watched)

@@ -18,6 +18,7 @@ import numpy as np
 from tl_jax.errors import UserError
 from tl_jax.objectives import inputs_of
 
+METRICS = 'metrics.jsonl'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -86,11 +87,13 @@ class MetricsLog:
     """Appends records to `metrics.jsonl` and TensorBoard events; process 0 alone writes.
 
     On resume it forgets what was recorded after the restored step, so that the file reads as if nothing had happened.
+    `records` are those of the file, and grow with it.
     """
 
-    def __init__(self, workdir: Path, *, resume_step: int):
-        self.path = workdir / 'metrics.jsonl'
-        self.records = [r for r in read_records(self.path) if r['step'] <= resume_step]
+    def __init__(self, workdir: Path, records: list[dict[str, Any]], *, resume_step: int):
+        self.path = workdir / METRICS
+        self.records = records
+        self.records[:] = [r for r in records if r['step'] <= resume_step]
         self._events = None
         if jax.process_index() == 0:
             from tensorboardX import SummaryWriter

@@ -1,4 +1,4 @@
-"""How a loss becomes a gradient: plainly, in parts, per task, per example, or not as a derivative at all."""
+"""How a loss becomes a gradient: plainly, in parts, per task, per example, elsewhere, or not as a derivative at all."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,9 +6,10 @@ from tl_jax.gradients.accumulated import accumulated
 from tl_jax.gradients.base import Gradient, plain
 from tl_jax.gradients.private import private
 from tl_jax.gradients.reptile import reptile
+from tl_jax.gradients.sharpness import sam
 from tl_jax.gradients.surgery import mgda, pcgrad
 
-__all__ = ['GRADIENTS', 'Gradient', 'accumulated', 'mgda', 'pcgrad', 'plain', 'private', 'reptile']
+__all__ = ['GRADIENTS', 'Gradient', 'accumulated', 'mgda', 'pcgrad', 'plain', 'private', 'reptile', 'sam']
 
 # name -> constructor(**fields of config.gradient)
 GRADIENTS: Mapping[str, Callable[..., Gradient]] = {
@@ -18,4 +19,5 @@ GRADIENTS: Mapping[str, Callable[..., Gradient]] = {
     'mgda': mgda,
     'private': private,
     'reptile': reptile,
+    'sam': sam,
 }

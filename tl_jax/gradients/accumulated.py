@@ -16,25 +16,26 @@ def accumulated(*, parts: int) -> Gradient:
     `plain` for losses that are means over examples; batch normalisation sees parts, not the batch.
     """
 
-    def transform(loss: Callable) -> Callable:
-        compute = plain().transform(loss)
+    return Gradient(lambda loss: in_parts(plain().transform(loss), parts))
 
-        def gradient(params, collections, batch, key):
-            def part(carry, inputs):
-                sums, moving = carry
-                examples, number = inputs
-                grads, value, aux = compute(params, moving, examples, jax.random.fold_in(key, number))
-                sums = jax.tree.map(jnp.add, sums, (grads, value, aux.metrics))
-                return (sums, trees.merge(moving, aux.collections)), None
 
-            split = jax.tree.map(lambda x: strided_parts(x, parts), batch)
-            shapes = jax.eval_shape(compute, params, collections, jax.tree.map(lambda x: x[0], split), key)
-            grads, value, aux = shapes
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, value, aux.metrics))
-            (sums, moved), _ = jax.lax.scan(part, (zeros, collections), (split, jnp.arange(parts)))
-            grads, value, metrics = jax.tree.map(lambda s: s / parts, sums)
-            return grads, value, aux._replace(metrics=metrics, collections=moved)
+def in_parts(compute: Callable, parts: int) -> Callable:
+    """The mean of what a gradient function `(params, collections, batch, key) -> (grads, value, aux)` gives for each part."""
 
-        return gradient
+    def gradient(params, collections, batch, key):
+        def part(carry, inputs):
+            sums, moving = carry
+            examples, number = inputs
+            grads, value, aux = compute(params, moving, examples, jax.random.fold_in(key, number))
+            sums = jax.tree.map(jnp.add, sums, (grads, value, aux.metrics))
+            return (sums, trees.merge(moving, aux.collections)), None
 
-    return Gradient(transform)
+        split = jax.tree.map(lambda x: strided_parts(x, parts), batch)
+        shapes = jax.eval_shape(compute, params, collections, jax.tree.map(lambda x: x[0], split), key)
+        grads, value, aux = shapes
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, value, aux.metrics))
+        (sums, moved), _ = jax.lax.scan(part, (zeros, collections), (split, jnp.arange(parts)))
+        grads, value, metrics = jax.tree.map(lambda s: s / parts, sums)
+        return grads, value, aux._replace(metrics=metrics, collections=moved)
+
+    return gradient
