@@ -1,6 +1,6 @@
 """The two-layer linear theory of Kumar et al. 2022 (arXiv:2202.10054, section 3): fine-tuning distorts features; LP-FT does not.
 
-    python -m experiments.linear_theory          # 20 seeds, about half a minute; writes results/linear_theory
+    python -m experiments.linear_theory          # 20 seeds, a quarter of a minute of CPU; writes results/linear_theory
 
 Labels y = v*ᵀ B* x, with B* [k, d] of orthonormal rows. Pretraining has given B₀ = U B* (U orthogonal), or such a one turned
 by an angle. The n examples lie in a subspace of m dimensions, k < m < d; whoever is out of distribution sees all d. Squared
