@@ -47,7 +47,19 @@ def blank_sentences(path, length, **_):
     return data_lib.Source(path, 2000, lambda i: {'tokens': tokens, 'other_tokens': tokens})
 
 
+def blank_texts():
+    def source(path, length, text=None, class_names=None, **_):
+        tokens = np.ones(length, np.int32)
+        labels = np.arange(2000) % len(class_names or 'ab') if text else None
+        get = lambda i: {'tokens': tokens} | ({'label': int(labels[i])} if text else {})
+        return data_lib.Source(path, 2000, get, labels, class_names and tuple(class_names), np.full(2000, length))
+
+    return source
+
+
 BLANKS = {
+    'tsv': blank_texts(),
+    'lines': blank_texts(),
     'folder': blank_images((40, 40, 3), 2),
     'npz': blank_images((28, 28, 1), 10),
     'omniglot': blank_images((28, 28, 1), 100, count=2000),

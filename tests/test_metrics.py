@@ -38,6 +38,7 @@ def test_every_example_counts_once_however_it_is_split(size, devices):
     assert figures['accuracy'] == np.mean(guess == LABELS)
     assert figures['macro_f1'] == pytest.approx(reference.f1_score(LABELS, guess, average='macro'), rel=1e-12)
     assert figures['balanced_accuracy'] == pytest.approx(reference.balanced_accuracy_score(LABELS, guess), rel=1e-12)
+    assert figures['mcc'] == pytest.approx(reference.matthews_corrcoef(LABELS, guess), rel=1e-12)
     assert figures['loss'] == pytest.approx(-log_p[np.arange(N), LABELS].mean(), rel=1e-6)
     assert (predictions.index == np.arange(N)).all() and (predictions.label == LABELS).all()
     np.testing.assert_allclose(predictions.probabilities, np.exp(log_p), rtol=1e-5)

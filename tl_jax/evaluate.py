@@ -85,7 +85,16 @@ def evaluate(
 
 def _collect(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The rows of all examples, in the source's order, without padding."""
-    columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: np.concatenate(_of_one_width([row[name] for row in rows])) for name in rows[0]}
     real = np.flatnonzero(columns['mask'] > 0)
     order = real[np.argsort(columns['index'][real], kind='stable')]
     return {name: column[order] for name, column in columns.items() if name != 'mask'}
+
+
+def _of_one_width(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """Arrays [rows, width], those of batches of shorter texts filled up with -1."""
+    width = max(part.shape[1:2] for part in parts)
+    return [
+        np.pad(part, ((0, 0), (0, width[0] - part.shape[1])), constant_values=-1) if part.shape[1:2] != width else part
+        for part in parts
+    ]

@@ -311,7 +311,11 @@ def create_objective(
         others[role] = call(
             model_from, pretrained.resolved(options), f'{where}.{role}', classes=classes, dtype=dtype, load=load_others
         )
-    facts = {'num_classes': classes, 'num_examples': {stream: source.length for stream, source in data.sources.items()}}
+    facts = {
+        'num_classes': classes,
+        'class_names': data.class_names,
+        'num_examples': {stream: source.length for stream, source in data.sources.items()},
+    }
     objective = call(constructor, fields, where, main, **others, **_asked(constructor, facts))
     facts |= {'model': main, 'original': original_from(config['model'], classes, dtype, load=load_others)}
     for wrapper, options in wrappers.items():

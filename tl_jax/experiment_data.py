@@ -7,9 +7,11 @@ import jax
 
 from tl_jax import data as data_lib
 from tl_jax.config import call, plain
+from tl_jax.data.buckets import describe
 from tl_jax.errors import UserError, nearest
 from tl_jax.pretrained.catalogue import Preprocessing, evaluation_transforms, training_transforms
 from tl_jax.pretrained.maps import CATALOGUE
+from tl_jax.progress import say
 
 
 class Data(NamedTuple):
@@ -20,6 +22,7 @@ class Data(NamedTuple):
       sources: `{name: source}` of the training streams.
       eval: `{split: source}`, evaluated during training; a checkpoint may be selected by them.
       test: `{split: source}`, evaluated once, with the selected checkpoint.
+      train_transforms: `{stream: transforms of its examples}`.
       eval_transforms: `{split or stream: transforms of its evaluation batches}`.
       batches: (name of a split or stream, its source) -> padded evaluation batches of this process.
       class_names: of the labels; empty where there are none.
@@ -30,6 +33,7 @@ class Data(NamedTuple):
     sources: dict[str, Any]
     eval: dict[str, Any]
     test: dict[str, Any]
+    train_transforms: dict[str, list]
     eval_transforms: dict[str, list]
     batches: Callable
     class_names: tuple[str, ...]
@@ -128,7 +132,10 @@ def open_data(
         )
         for i, (name, source) in enumerate(sources.items())
     }
-    return Data(streams, sources, held_out['eval'], held_out['test'], eval_transforms, batches, class_names, poisson)
+    for name, source in sources.items():
+        if source.lengths is not None:
+            say(f'{name}: {describe(source)}')
+    return Data(streams, sources, held_out['eval'], held_out['test'], train_transforms, eval_transforms, batches, class_names, poisson)
 
 
 def _preprocessing(model: Mapping[str, Any], field: str) -> Preprocessing:

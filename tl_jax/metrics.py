@@ -51,17 +51,20 @@ class Classification(clu.metrics.Collection):
 
 
 def classification_figures(collection: Classification) -> dict[str, float]:
-    """Returns loss (nats), accuracy, macro_f1 and balanced_accuracy (each in 0…1) of a finished collection."""
+    """Returns loss (nats), accuracy, macro_f1 and balanced_accuracy (each in 0…1), and mcc (-1…1) of a finished collection."""
     values = jax.tree.map(np.asarray, collection.compute())
     counts = values['confusion'].astype(np.float64)
     hits, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
-    seen, present = (true + predicted) > 0, true > 0
+    seen, present, total = (true + predicted) > 0, true > 0, counts.sum()
+    spread = np.sqrt((total**2 - predicted @ predicted) * (total**2 - true @ true))
     return {
         'loss': float(values['loss']),
         'accuracy': float(hits.sum() / counts.sum()),
         # As scikit-learn: the mean over the classes that occur, in truth or prediction.
         'macro_f1': float(np.mean(2 * hits[seen] / (true + predicted)[seen])),
         'balanced_accuracy': float(np.mean(hits[present] / true[present])),
+        # Matthews' correlation for any number of classes (Gorodkin 2004, eq. 8); 0 where one class is all.
+        'mcc': float((hits.sum() * total - true @ predicted) / spread) if spread > 0 else 0.0,
     }
 
 

@@ -24,6 +24,7 @@ OPTIMIZERS = {
     'lamb': (optax.lamb, 'weight_decay'),
     'lion': (optax.lion, 'weight_decay'),
     'adafactor': (optax.adafactor, 'weight_decay_rate'),
+    'adadelta': (optax.adadelta, 'weight_decay'),
 }
 
 
@@ -171,7 +172,8 @@ def create_optimizer(
     gradient, as in torch.optim. It is 0 unless given, whatever optax's default. With several `updates` a step the schedule
     still goes by steps.
 
-    With `measured=True` its state also holds the sum of the stage's gradients, for `Partition.figures`.
+    `max_norm=3.` keeps the norm of each unit's incoming weights to that (see the function). With `measured=True` its state also
+    holds the sum of the stage's gradients, for `Partition.figures`.
 
     Returns:
       the transformation, and its learning rate as a function of the step within the stage.
@@ -180,7 +182,7 @@ def create_optimizer(
         raise UserError(f"{where}: must be an optimizer such as dict(name='sgd', lr=0.1), not {spec!r}")
     options = dict(spec)
     name, lr, decay = options.pop('name', None), options.pop('lr', None), options.pop('weight_decay', 0.0)
-    measure = options.pop('measured', False)
+    measure, norm = options.pop('measured', False), options.pop('max_norm', None)
     if name not in OPTIMIZERS:
         raise UserError(f'{where}.name: unknown optimizer {name!r}; {nearest(str(name), OPTIMIZERS)}')
     if lr is None:
@@ -192,6 +194,8 @@ def create_optimizer(
     optimizer = call(constructor, options, where, learning_rate=counted, **extra)
     if decay and not own_decay:
         optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)
+    if norm is not None:
+        optimizer = optax.chain(optimizer, max_norm(norm, f'{where}.max_norm'))
     return optax.chain(measured(), optimizer) if measure else optimizer, schedule
 
 
@@ -203,6 +207,24 @@ def scaled(spec: Mapping[str, Any], factor: float) -> dict[str, Any]:
     elif isinstance(lr, int | float):
         lr = lr * factor
     return {**spec, 'lr': lr}
+
+
+def max_norm(limit: float, where: str = 'max_norm') -> optax.GradientTransformation:
+    """Projects a kernel after the step: a column of norm above `limit` is scaled to it (Hinton et al. 2012, arXiv:1207.0580).
+
+    A step p + u becomes p + (P(p + u) − p), so that it needs no place in the loop. Biases and other vectors are left alone.
+    """
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
+        raise UserError(f'{where}: must be a norm above 0, not {limit!r}')
+
+    def project(update, param):
+        if param.ndim < 2:
+            return update
+        after = param + update
+        norms = jnp.sqrt(jnp.sum(jnp.square(after), axis=tuple(range(param.ndim - 1)), keepdims=True))
+        return after * jnp.minimum(1.0, limit / jnp.maximum(norms, 1e-12)) - param
+
+    return optax.stateless(lambda updates, params: jax.tree.map(project, updates, params))
 
 
 def create_schedule(spec: float | Mapping[str, Any], *, steps: int, where: str = 'lr') -> optax.Schedule:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from tl_jax.errors import UserError, nearest
 
-METRICS = ('accuracy', 'loss', 'macro_f1', 'balanced_accuracy')
+METRICS = ('accuracy', 'loss', 'macro_f1', 'balanced_accuracy', 'mcc')
 
 
 class Selection(NamedTuple):

@@ -161,6 +161,7 @@ def model_card(experiment: Any, objective: Any) -> dict[str, str]:
     # An episode's inputs stand one axis deeper, under the prefix of its part.
     plain = {'image', 'inputs', 'tokens'} & set(stream)
     inputs = inputs_of(stream) if plain else inputs_of(stream, 'support_')[0]
+    inputs = inputs['tokens'] if isinstance(inputs, Mapping) else inputs
     return {
         'image_shape': str(inputs.shape[1:]),
         'tl_jax': json.dumps(

@@ -27,6 +27,8 @@ class Source(NamedTuple):
     get: Callable[[int], dict]
     labels: np.ndarray | None = None  # int32 [length]; None: no labels, or known only by reading every example
     class_names: tuple[str, ...] | None = None
+    lengths: np.ndarray | None = None  # int32 [length]: tokens of each text, without padding
+    buckets: tuple[int, ...] = ()  # lengths that batches of texts are padded to, ascending; see `tl_jax.data.buckets`
 
 
 def num_classes(source: Source) -> int:
@@ -56,7 +58,8 @@ def select(source: Source, indices: np.ndarray) -> Source:
     """The examples of `source` at `indices`, in that order."""
     get = source.get
     labels = None if source.labels is None else source.labels[indices]
-    return source._replace(length=len(indices), get=lambda i: get(int(indices[i])), labels=labels)
+    lengths = None if source.lengths is None else source.lengths[indices]
+    return source._replace(length=len(indices), get=lambda i: get(int(indices[i])), labels=labels, lengths=lengths)
 
 
 def without_labels(source: Source) -> Source:

@@ -80,6 +80,7 @@ def open_folder(
         from tl_jax.data.tables import open_table
 
         return open_table(
+            'csv',
             path,
             image='path',
             class_names=class_names,

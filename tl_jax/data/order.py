@@ -5,6 +5,7 @@ grain's own shuffle is not used here because it seeds epoch e of run s by s + e,
 one table would see the same permutations; and it answers for one place at a time.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Int, UInt64
 Order = Callable[[Int[np.ndarray, ' places']], Int[np.ndarray, ' places']]
 
 ROUNDS = 6
+POOL = 1024  # about so many batches are sorted by length together
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -87,6 +89,37 @@ def class_balanced(labels: Int[np.ndarray, ' examples'], seed: int) -> Order:
         return members[starts[chosen] + member]
 
     return order
+
+
+def bucketed(order: Order, bucket: Int[np.ndarray, ' examples'], batch_size: int, seed: int) -> Order:
+    """The same examples, moved within an epoch's steps so that a batch holds neighbours in length.
+
+    The steps of the stream fall into pools, of an epoch or, where it is long, of an equal part of one. The examples that
+    `order` gives a pool are sorted by `bucket`, those of one bucket staying in their order, and cut into batches, which come
+    in an order of their own. So what comes within a pool's steps is what `order` has there, each as often: nothing is lost.
+    """
+    pools = max(1, round(len(bucket) / batch_size / POOL))  # of an epoch
+    first_step = lambda pool: pool * len(bucket) // (batch_size * pools)
+
+    @functools.lru_cache(maxsize=4)
+    def steps_of(pool: int) -> np.ndarray:
+        first, end = first_step(pool), first_step(pool + 1)
+        chosen = order(np.arange(first * batch_size, end * batch_size))
+        batches = chosen[np.argsort(bucket[chosen], kind='stable')].reshape(end - first, batch_size)
+        return batches[permute(np.arange(end - first), end - first, mix(seed, 3, pool))]
+
+    def batch_of(step: int) -> np.ndarray:
+        pool = step * batch_size * pools // len(bucket)
+        while first_step(pool + 1) <= step:
+            pool += 1
+        return steps_of(pool)[step - first_step(pool)]
+
+    def bucketed_order(places: np.ndarray) -> np.ndarray:
+        steps, rows = np.divmod(places, batch_size)
+        batches = {step: batch_of(step) for step in np.unique(steps).tolist()}
+        return np.array([batches[step][row] for step, row in zip(steps.tolist(), rows.tolist(), strict=True)])
+
+    return bucketed_order
 
 
 def poisson(length: int, rate: float, seed: int, step: int) -> Int[np.ndarray, ' drawn']:

@@ -13,6 +13,7 @@ import numpy as np
 
 from tl_jax.data import order as orders
 from tl_jax.data.base import Source, need_labels
+from tl_jax.data.buckets import bucket_of, cropped, width_of
 from tl_jax.data.transforms import make_transform, split_elementwise
 from tl_jax.errors import UserError
 
@@ -47,7 +48,11 @@ class Stream(NamedTuple):
         rows = _rows(self.batch_size, process_index, process_count)
         places = step * self.batch_size + np.arange(rows.start, rows.stop)
         if self.rate is None:
-            return _collect(self.loader, self.order(places), places)
+            batch = _collect(self.loader, self.order(places), places)
+            if not self.loader.source.buckets:
+                return batch
+            together = self.order(step * self.batch_size + np.arange(self.batch_size))
+            return cropped(batch, width_of(self.loader.source, together))
         drawn = orders.poisson(self.loader.source.length, self.rate, self.loader.seed, step)
         if len(drawn) > self.batch_size:
             raise UserError(
@@ -88,6 +93,12 @@ def train_stream(
         order = orders.class_balanced(need_labels(source, 'balance'), seed)
     else:
         order = orders.shuffled(source.length, seed) if shuffle else orders.sequential(source.length)
+    if source.buckets:
+        if rate is not None or not shuffle:
+            raise UserError(
+                f'{source.name}: buckets move examples between batches; take away `poisson` and shuffle=False'
+            )
+        order = orders.bucketed(order, bucket_of(source), batch_size, seed)
     return Stream(_loader(source, seed, transforms), batch_size, order, rate)
 
 
@@ -123,7 +134,7 @@ def eval_batches(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Every example exactly once, in order, in batches of one shape on every process.
+    """Every example exactly once, in order, in batches of one shape on every process; with buckets, by length and of theirs.
 
     `mask` float32 [rows] is 1 for an example and 0 for padding, which has zeros as image and label and -1 as
     index. All processes see the same number of batches; where the examples run out, some rows, or all, are
@@ -131,16 +142,18 @@ def eval_batches(
     """
     rows = _rows(batch_size, process_index, process_count)
     loader = _loader(source, 0, transforms)
+    order = np.argsort(bucket_of(source), kind='stable') if source.buckets else np.arange(source.length)
 
     def load(step: int) -> Batch:
         places = step * batch_size + np.arange(rows.start, rows.stop)
-        real = places[places < source.length]
+        real = order[places[places < source.length]]
         read = real if len(real) else np.zeros(1, int)  # padding alone takes its shapes from example 0
         batch = _collect(loader, read, read)
         batch = {field: _padded(array[: len(real)], len(places)) for field, array in batch.items()}
         batch['mask'] = (places < source.length).astype(np.float32)
         batch['index'][len(real) :] = -1
-        return batch
+        together = order[step * batch_size : (step + 1) * batch_size]
+        return cropped(batch, width_of(source, together)) if source.buckets else batch
 
     return _read_ahead(load, 0, -(-source.length // batch_size), threads, prefetch)
 

@@ -6,6 +6,7 @@ text in lower case (Unicode NFKC), and every other visible sign by itself.
 
 import collections
 import gzip
+import lzma
 import re
 import tarfile
 import unicodedata
@@ -23,6 +24,7 @@ from tl_jax.errors import UserError, nearest
 
 WORD = re.compile(r'\w+|[^\w\s]')
 UNKNOWN = 1
+ARCHIVED = re.compile(r'(.*?\.(?:tar|tgz)(?:\.\w+)?)/(.+)')
 
 
 class Tokenizer(NamedTuple):
@@ -80,16 +82,21 @@ def hashed_tokenizer(*, vocabulary: int = 8192, ngrams: Sequence[int] = ()) -> T
     return Tokenizer(split, vocabulary)
 
 
-def word_tokenizer(*, text: str, vocabulary: int = 8192) -> Tokenizer:
+def word_tokenizer(*, text: str, vocabulary: int = 8192, column: int | None = None, spaces: bool = False) -> Tokenizer:
     """The `vocabulary` - 2 most frequent words of the file `text` from id 2 on, ties in order of the alphabet; 1 for others.
 
-    Give the file of the training text to the sources of every split, so that ids mean the same.
+    Give the file of the training text to the sources of every split, so that ids mean the same. `text` may be several files,
+    `{train,dev}.tsv`; of tables, `column` is the one with text, from 0. `spaces` takes for words what spaces separate,
+    in texts that are split already (`do n't`).
     """
     _check_vocabulary(vocabulary)
-    counts = collections.Counter(word for line in read_lines(text) for word in words_of(line))
+    split = (lambda line: line.lower().split()) if spaces else words_of
+    files = in_braces(text)
+    lines = (line if column is None else line.split('\t')[column] for file in files for line in read_lines(file))
+    counts = collections.Counter(word for line in lines for word in split(line))
     kept = sorted(counts, key=lambda word: (-counts[word], word))[: vocabulary - 2]
     ids = {word: i for i, word in enumerate(kept, start=UNKNOWN + 1)}
-    return Tokenizer(lambda line: [ids.get(word, UNKNOWN) for word in words_of(line)], vocabulary)
+    return Tokenizer(lambda line: [ids.get(word, UNKNOWN) for word in split(line)], vocabulary)
 
 
 TOKENIZERS: dict[str, Callable[..., Tokenizer | PretrainedTokenizer]] = {
@@ -100,37 +107,73 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer | PretrainedTokenizer]] = {
 }
 
 
+def encode_texts(
+    item: str | Mapping[str, Any], texts: Sequence[str], length: int, pairs: Sequence[str] | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Encodes texts, or pairs of them, by the tokenizer that `item` describes; one too long loses its end.
+
+    Returns:
+      the fields of examples: `tokens` int32 [texts, length], of pairs also `segments`, and `token_mask` bool, true for what
+      is not padding, where the tokenizer pads with a token that texts have too (GPT-2's does); and how many tokens each text
+      has, int32 [texts].
+    """
+    tokenizer = make_tokenizer(item)
+    if isinstance(tokenizer, Tokenizer):
+        if pairs is not None:
+            raise UserError(
+                "tokenizer: a pair of texts is for tokenizer=dict(name='pretrained', source=…), which marks where one ends"
+            )
+        tokens = np.stack([tokenizer.encode(text, length) for text in texts])
+        return {'tokens': tokens}, (tokens != 0).sum(1).astype(np.int32)
+    fields = tokenizer(texts, length, pairs)
+    mask = fields.pop('mask')
+    if pairs is not None:
+        fields.setdefault('segments', np.zeros_like(fields['tokens']))
+    if not tokenizer.has_padding:
+        fields['token_mask'] = mask
+    return fields, mask.sum(1).astype(np.int32)
+
+
 def words_of(text: str) -> list[str]:
     """`'Zwei Männer, ﬁn.'` -> `['zwei', 'männer', ',', 'fin', '.']`."""
     return WORD.findall(unicodedata.normalize('NFKC', text).lower())
 
 
+def in_braces(path: str) -> list[str]:
+    """`'{train,dev}.tsv'` -> `['train.tsv', 'dev.tsv']`."""
+    match = re.fullmatch(r'(.*)\{([^{}]+)\}(.*)', path)
+    return [f'{match[1]}{part}{match[3]}' for part in match[2].split(',')] if match else [path]
+
+
 def read_lines(path: str, max_bytes: int = MAX_BYTES) -> list[str]:
-    """The lines of a text file in UTF-8, which may be gzipped (`.gz`), or a member of a tar archive: `DATA.tar/MEMBER`.
+    """The lines of a text file in UTF-8, gzipped (`.gz`) or not, or of a member of an archive: `DATA.tar[.gz|.xz|.bz2]/MEMBER`.
 
     Members are read in place: nothing is unpacked to disk.
     """
-    archive, separator, member = path.partition('.tar/')
+    archive = ARCHIVED.fullmatch(path)
     try:
-        if separator:
-            data = _read_member(existing(f'{archive}.tar', path), member, max_bytes)
+        if archive:
+            data = _read_member(existing(archive[1], path), archive[2], max_bytes)
         else:
             with existing(path, path).open('rb') as stream:
                 data = _read(stream, path, max_bytes)
         text = data.decode('utf-8-sig')
-    except (OSError, EOFError, zlib.error, tarfile.TarError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: not a readable text file in UTF-8 ({error})') from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: not a readable text file in UTF-8 ({" ".join(str(error).split())})') from error
     lines = text.split('\n')
     return [line.rstrip('\r') for line in (lines[:-1] if lines[-1] == '' else lines)]
 
 
 def _read_member(archive: Path, member: str, max_bytes: int) -> bytes:
-    with tarfile.open(archive, 'r:') as tar:
-        names = {item.name.removeprefix('./'): item for item in tar.getmembers() if item.isreg()}
-        if member not in names:
-            raise UserError(f'{archive}: has no file {member!r}; {nearest(member, names)}')
-        with tar.extractfile(names[member]) as stream:
-            return _read(stream, member, max_bytes)
+    names = []
+    with tarfile.open(archive) as tar:
+        for item in tar:  # a compressed archive is read no further than it must be
+            name = item.name.removeprefix('./')
+            if item.isreg() and name == member:
+                with tar.extractfile(item) as stream:
+                    return _read(stream, member, max_bytes)
+            names += [name] if item.isreg() else []
+        raise UserError(f'{archive}: has no file {member!r}; {nearest(member, names)}')
 
 
 def _read(stream: BinaryIO, name: str, max_bytes: int) -> bytes:

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tl_jax.errors import UserError
 
 FILES = ('tokenizer.json', 'vocab.txt', 'vocab.json')
+SHIPPED = Path(__file__).resolve().parent.parent / 'pretrained' / 'shipped'  # beside the weights, a folder for each
 SENTENCEPIECE = ('spiece.model', 'spm.model', 'tokenizer.model', 'sentencepiece.bpe.model')
 PADDING = ('[PAD]', '<pad>', '<|endoftext|>', '</s>')
 
@@ -38,6 +39,11 @@ class PretrainedTokenizer(NamedTuple):
     @property
     def vocabulary(self) -> int:
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether padding has a token of its own, rather than the one that ends texts."""
+        return self.tokenizer.id_to_token(self.pad_id).lower() in ('[pad]', '<pad>')
 
     def split(self, text: str) -> list[int]:
         """The ids of a whole text, special tokens included."""
@@ -90,7 +96,7 @@ def open_tokenizer(source: str, *, lower_case: bool | None = None, pad_token: st
     """Opens the tokenizer of a model.
 
     Args:
-      source: a folder, one of its files, or `hf://org/repo[@revision]`: the first of `FILES` that is there.
+      source: a folder, one of its files, `shipped:NAME`, or `hf://org/repo[@revision]`: the first of `FILES` that is there.
       lower_case: for `vocab.txt`; what `tokenizer_config.json` beside it says unless given, and true if nothing does.
       pad_token: the token to fill up with; the files' own unless given, and GPT-2's `<|endoftext|>`, which has none.
 
@@ -200,7 +206,7 @@ def _located(source: str) -> Path:
         from tl_jax.pretrained import hub
 
         return hub.fetch(source, FILES)
-    path = Path(source).expanduser()
+    path = SHIPPED / source.removeprefix('shipped:') if source.startswith('shipped:') else Path(source).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():

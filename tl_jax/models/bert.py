@@ -6,7 +6,8 @@ Devlin et al. 2018 (arXiv:1810.04805), its miniatures Turc et al. 2019 (arXiv:19
 Inputs: tokens int32 [batch, length], those equal to `pad_id` being no text; or `{'tokens', 'mask', 'segments'}`, the
 last two optional: mask bool [batch, length], true for what is text, and segments int32 [batch, length], 1 in a pair's
 second text. Endpoints: `embeddings`, `block1`, … [batch, length, width], `features` [batch, width] float32, and where
-asked for `mlm_logits` [batch, length, vocabulary] float32. Modules: `token`, `position`, `segment`, `norm`, `project`,
+asked for `mlm_logits` [batch, length, vocabulary] float32, or [batch, count, vocabulary] for the places `masked` int32
+[batch, count] alone, if the inputs have them. Modules: `token`, `position`, `segment`, `norm`, `project`,
 `block{i}/{attention,norm1,mlp,norm2}`, `pooler`, `mlm/{dense,norm}`.
 """
 
@@ -84,6 +85,7 @@ class Bert(nn.Module):
     def __call__(
         self, inputs: Int[Array, 'batch length'] | Mapping[str, Array], train: bool = False
     ) -> dict[str, Array]:
+        inputs, masked = masked_of(inputs)
         tokens, mask, segments = text_inputs(inputs, self.pad_id, self.length)
         token = nn.Embed(self.vocabulary, self._embedding_width, embedding_init=INIT, name='token')
         x = self._embedded(token(tokens), tokens, segments, train)
@@ -99,6 +101,7 @@ class Bert(nn.Module):
         if self.mlm_head:
             activation = self.activation if self.kind in ('bert', 'distilbert') else 'gelu'
             head = MlmHead(activation, self.epsilon, self.dtype, name='mlm')
+            x = x if masked is None else jnp.take_along_axis(x, masked[..., None], 1)
             endpoints['mlm_logits'] = head(x, token.embedding)
         return endpoints
 
@@ -115,7 +118,7 @@ class Bert(nn.Module):
             real = tokens != self.pad_id
             x += table(jnp.where(real, jnp.cumsum(real, 1), 0) + self.pad_id)
         else:
-            x += table.embedding[: tokens.shape[1]]
+            x += table(jnp.arange(tokens.shape[1]))
         if self.segments:
             table = nn.Embed(self.segments, self._embedding_width, embedding_init=INIT, name='segment')
             x += table.embedding[0] if segments is None else table(segments)
@@ -161,7 +164,9 @@ class MlmHead(nn.Module):
         x = ACTIVATIONS[self.activation](Dense(table.shape[1], dtype=self.dtype, name='dense')(x))
         x = LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x).astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, (table.shape[0],), jnp.float32)
-        return jnp.matmul(x, table.T.astype(self.dtype), preferred_element_type=jnp.float32) + bias
+        rows = x.reshape(-1, x.shape[-1])  # one axis of positions, for the reason in `Dense`
+        logits = jnp.matmul(rows, table.T.astype(self.dtype), preferred_element_type=jnp.float32) + bias
+        return logits.reshape(*x.shape[:-1], table.shape[0])
 
 
 def pooled(
@@ -174,6 +179,13 @@ def pooled(
     if pool == 'pooler':
         first = ACTIVATIONS[activation](Dense(x.shape[-1], dtype=dtype, name='pooler')(first))
     return first.astype(jnp.float32)
+
+
+def masked_of(inputs: Any) -> tuple[Any, Int[Array, 'batch count'] | None]:
+    """The inputs without `masked`, and those places."""
+    if not isinstance(inputs, Mapping) or 'masked' not in inputs:
+        return inputs, None
+    return {name: value for name, value in inputs.items() if name != 'masked'}, inputs['masked']
 
 
 def text_inputs(

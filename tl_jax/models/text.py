@@ -1,13 +1,14 @@
-"""Text encoders: a small transformer and a bag of embeddings, from token ids to a vector.
+"""Text encoders: a small transformer, a bag of embeddings and convolutions over words, from token ids to a vector.
 
 Inputs: ids int32 [batch, length], 0 for padding, which changes nothing. An id of `vocabulary` or more gives NaN, so that a
 tokenizer that does not fit is noticed at the first step. Endpoints: `block1`, … [batch, length, width] or `dense1`, …
-[batch, width], and `features` [batch, dim], float32. Modules: `token`, `position`, `block{i}`, `norm`, `dense{i}`.
+[batch, width], and `features` [batch, dim], float32. Modules: `token`, `position`, `block{i}`, `norm`, `dense{i}`, `conv{size}`.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -126,6 +127,50 @@ class TextBag(nn.Module):
         return {**endpoints, 'features': x}
 
 
+class TextCnn(nn.Module):
+    """Convolutions of several widths over the words, and the most that each filter finds (Kim 2014, arXiv:1408.5882, sec. 2).
+
+    A filter of width w also sees windows that reach w − 1 words beyond either end, but none of padding alone, so that padding
+    changes nothing. The paper's dropout is the head's: `head=dict(name='linear', dropout=0.5)`.
+
+    Attributes:
+      vocabulary: number of ids, padding included.
+      width: of the embeddings, which start as U(-0.25, 0.25).
+      kernel_sizes: words that a filter sees.
+      filters: of each of them.
+      dtype: of the convolutions.
+    """
+
+    vocabulary: int = 8192
+    width: int = 300
+    kernel_sizes: Sequence[int] = (3, 4, 5)
+    filters: int = 100
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, sizes=('vocabulary', 'width', 'kernel_sizes', 'filters'))
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        """Regexes of leaf paths from input to output."""
+        return 'token/.*', 'conv[0-9]+/.*'
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, 'batch length'], train: bool = False) -> dict[str, Array]:
+        real = (tokens != 0)[..., None]
+        token = nn.Embed(self.vocabulary, self.width, embedding_init=_uniform_quarter, dtype=self.dtype, name='token')
+        x = jnp.where(real, token(tokens), 0)
+        endpoints = {}
+        for size in self.kernel_sizes:
+            around = [(size - 1, size - 1)]
+            y = nn.relu(nn.Conv(self.filters, (size,), padding=around, dtype=self.dtype, name=f'conv{size}')(x))
+            seen = nn.max_pool(real.astype(y.dtype), (size,), padding=around)
+            endpoints[f'conv{size}'] = jnp.max(y * (seen > 0), 1)
+        features = jnp.concatenate([endpoints[f'conv{size}'] for size in self.kernel_sizes], -1)
+        return {**endpoints, 'features': features.astype(jnp.float32)}
+
+
 def pool_tokens(
     x: Float[Array, 'batch length width'], real: Bool[Array, 'batch length'], pool: str
 ) -> Float[Array, 'batch width']:
@@ -141,4 +186,8 @@ def _embed(vocabulary: int, width: int, dtype: Any) -> nn.Embed:
     return nn.Embed(vocabulary, width, dtype=dtype, embedding_init=nn.initializers.normal(0.02), name='token')
 
 
-MODELS = {'text_transformer': TextTransformer, 'text_bag': TextBag}
+def _uniform_quarter(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -0.25, 0.25)
+
+
+MODELS = {'text_transformer': TextTransformer, 'text_bag': TextBag, 'text_cnn': TextCnn}

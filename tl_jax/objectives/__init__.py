@@ -11,9 +11,11 @@ from tl_jax.objectives.base import Aux, Model, Objective, Phase, inputs_of, phas
 from tl_jax.objectives.bi_tuning import bi_tuning
 from tl_jax.objectives.contrastive import contrastive
 from tl_jax.objectives.discrepancy import mcd
+from tl_jax.objectives.language import causal_lm, mlm, regression, token_labelling
 from tl_jax.objectives.matching import coral, dan
 from tl_jax.objectives.meta import joint, maml
 from tl_jax.objectives.multitask import multitask
+from tl_jax.objectives.orthogonal import orthogonal
 from tl_jax.objectives.penalties import bss, l1, l2
 from tl_jax.objectives.prototypes import protonet
 from tl_jax.objectives.references import delta, l2_sp
@@ -54,6 +56,10 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     'protonet': protonet,
     'maml': maml,
     'joint': joint,
+    'mlm': mlm,
+    'causal_lm': causal_lm,
+    'token_labelling': token_labelling,
+    'regression': regression,
 }
 # name -> wrapper(objective, **fields of config.objective.<name>). Wrapped in this order, whatever a config's is (a config does
 # not keep one): what changes the pass goes inside, what adds to the loss around it, what changes the batch around all.
@@ -63,6 +69,7 @@ WRAPPERS: Mapping[str, Callable[..., Objective]] = {
     'r_drop': r_drop,
     'l1': l1,
     'l2': l2,
+    'orthogonal': orthogonal,
     'l2_sp': l2_sp,
     'delta': delta,
     'bss': bss,

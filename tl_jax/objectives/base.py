@@ -82,8 +82,22 @@ class Objective(NamedTuple):
     streams: tuple[str, ...] = ('train',)
 
 
+# A model's name for what it sees of a text: the field of the batch, in which `mask` says which rows are examples.
+TEXT_FIELDS = {'tokens': 'tokens', 'mask': 'token_mask', 'segments': 'segments'}
+
+
 def inputs_of(stream: dict[str, Any], prefix: str = '') -> Any:
-    """What a model sees of a stream's batch: `image` [B, H, W, C], `inputs` [B, F] of a table, or `tokens` [B, L]."""
+    """What a model sees of a stream's batch: `image` [B, H, W, C], `inputs` [B, F] of a table, or `tokens` [B, L].
+
+    A text whose padding or whose second part is marked is `{'tokens', 'mask', 'segments'}`, as far as it has them.
+
+    Where a frozen backbone has seen them already (`tl_jax.features`), `{'features': [B, D]}`.
+    """
+    if prefix + 'features' in stream:
+        return {'features': stream[prefix + 'features']}
+    named = {name: stream[prefix + field] for name, field in TEXT_FIELDS.items() if prefix + field in stream}
+    if len(named) > 1:
+        return named
     for field in ('image', 'inputs', 'tokens'):
         if prefix + field in stream:
             return stream[prefix + field]
