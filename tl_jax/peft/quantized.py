@@ -7,13 +7,12 @@ A leaf `kernel` [..., columns] becomes
 Codes keep the leaf's axes, so that a sharding rule fits both. Nothing else is stored: `restored` needs the leaves alone.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from tl_jax import trees
@@ -21,6 +20,7 @@ from tl_jax.errors import UserError
 from tl_jax.objectives.base import Model
 
 CODES, SCALES, UNITS, MEAN = '_codes', '_scales', '_units', '_mean'
+HELD = 'held'  # the collection in which `quantized` hands codes to `forgetful`
 BLOCK = 64  # entries of one scale, row by row
 SCALE_BLOCK = 256  # scales of one scale's scale
 
@@ -53,11 +53,10 @@ def quantized(
 ) -> Model:
     """The network with leaves of its base held in few bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314, sec. 3).
 
-    Each step restores them, and its gradient does so again rather than keep what the forward pass restored. The leaves are
-    constants: a rule that would train one is refused where the stage is built.
+    Each step restores them. They are constants: a rule that would train one is refused where the stage is built.
 
     Args:
-      model: the network, its adapters included, whose `init` gives the values that are held.
+      model: the network, its adapters included, with `forgetful` innermost, whose `init` gives the values that are held.
       name: 'nf4', four bits a weight and a scale for every 64, or 'int8', eight and a scale for each output.
       rule: regex of the leaves, `role/module/…/leaf`.
       double: whether the scales of nf4 are themselves held in eight bits, 256 of them to a scale and a mean.
@@ -71,17 +70,48 @@ def quantized(
         return {**variables, 'params': held(variables['params'], rule, name, double=double)}
 
     def apply(variables, inputs, **options):
-        def run(variables, inputs):
-            params = restored(variables['params'], dtype, mark=lambda leaf: checkpoint_name(leaf, 'restored'))
-            return model.apply({**variables, 'params': params}, inputs, **options)
-
-        keep = jax.checkpoint_policies.save_anything_except_these_names('restored')
-        return jax.checkpoint(run, policy=keep)(variables, inputs)
+        params = variables['params']
+        small = trees.split(params, lambda path: not path.startswith('adapters/'))[0]
+        return model.apply({**variables, 'params': restored(params, dtype), HELD: small}, inputs, **options)
 
     def classify(variables, features, **options):
         return model.classify({**variables, 'params': restored(variables['params'], dtype)}, features, **options)
 
     return Model(init, apply, classify)
+
+
+def forgetful(model: Model, *, dtype: Any) -> Model:
+    """The plain network within `quantized`: a layer that is held in codes restores them for itself, and for its gradient anew.
+
+    So neither pass keeps what has the size of a restored leaf. Adapters go between the two.
+    """
+
+    def apply(variables, inputs, **options):
+        variables = dict(variables)
+        layers = _layers_in_codes(variables.pop(HELD, {}))
+
+        def intercept(run, args, kwargs, context):
+            own = layers.get('/'.join(context.module.path)) if context.method_name == '__call__' else None
+            if own is None:
+                return run(*args, **kwargs)
+            module = context.module.clone(parent=None)
+            layer = lambda own, x: module.apply({'params': restored(own, dtype)}, x, *args[1:], **kwargs)
+            return jax.checkpoint(layer)(own, args[0])
+
+        with nn.intercept_methods(intercept):
+            return model.apply(variables, inputs, **options)
+
+    return model._replace(apply=apply)
+
+
+def _layers_in_codes(params: trees.Tree) -> dict[str, dict[str, Array]]:
+    """`{module: its leaves}` of the modules that have codes, and no modules within."""
+    flat, layers = trees.flatten(params), {}
+    for module in {path.rpartition('/')[0] for path in flat if path.endswith(CODES)}:
+        own = {path.removeprefix(module + '/'): leaf for path, leaf in flat.items() if path.startswith(module + '/')}
+        if not any('/' in path for path in own):
+            layers[module] = own
+    return layers
 
 
 def held(params: trees.Tree, rule: str, name: str, *, double: bool = False) -> dict[str, Any]:
@@ -104,10 +134,8 @@ def holds_codes(params: trees.Tree) -> bool:
     return any(path.endswith(CODES) for path in trees.flatten(params))
 
 
-def restored(
-    params: trees.Tree, dtype: Any = jnp.float32, mark: Callable[[Array], Array] = lambda leaf: leaf
-) -> dict[str, Any]:
-    """The parameters with every leaf that is held in few bits as a number again; `mark` is applied to those."""
+def restored(params: trees.Tree, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The parameters with every leaf that is held in few bits as numbers of `dtype` again."""
     flat = trees.flatten(params)
     whole = {path: leaf for path, leaf in flat.items() if not path.endswith(CODES)}
     for path in flat.keys() - whole.keys():
@@ -116,7 +144,7 @@ def restored(
         if scales.dtype == jnp.int8:
             scales = _single(scales, whole.pop(stem + UNITS), whole.pop(stem + MEAN))
         restore = _from_int8 if flat[path].dtype == jnp.int8 else _from_nf4
-        whole[stem] = mark(restore(flat[path], scales).astype(dtype))
+        whole[stem] = restore(flat[path], scales).astype(dtype)
     return trees.unflatten(whole)
 
 
