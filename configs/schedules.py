@@ -6,7 +6,8 @@
 The shipped network, trained on MNIST (configs/mnist.py), meets scikit-learn's embedded digits, of which 30 a class are
 labelled. `partition`s say which layers learn, and how fast; `recipe`s cut a run into stages. The tables in
 tl_jax/partitions.py and tl_jax/stages.py name them all with their papers; `--dry_run` prints the rules they stand for.
-The rates are those of one trial, not of a search; 100 steps and seconds each, on a CPU.
+The rates are those of one trial, not of a search; 100 steps and seconds each, on a CPU. Test accuracy with seed 0, selected
+on 300 others: 96.3 to 97.9 %, 95.1 for norm_only, which starts from random weights; too close together to rank the methods.
 """
 
 from collections.abc import Iterator
