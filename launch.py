@@ -2,6 +2,7 @@
 
 python launch.py --config=configs/quickstart.py:probe --workdir=runs/probe
 python launch.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=sweep
+python launch.py --config=configs/finetune.py:probe --workdir=runs/fitted --mode=probe
 python launch.py --workdir=runs/probe --mode=predict --files='photos/*.jpg' --output=predictions.csv
 python launch.py --workdir=runs/probe --mode=export --origin=torchvision --output=adapted.safetensors
 python launch.py --workdir=runs/soup --mode=merge --method=greedy_soup --files='runs/full/seed*'
@@ -23,12 +24,13 @@ from tl_jax.train import Preempted
 FLAGS = {
     'config': 'FILE.py[:arg]; without it, the config stored in --workdir',
     'workdir': 'directory of the run',
-    'mode': 'train (default), eval, predict, sweep, export, merge, lr_range',
+    'mode': 'train (default), probe, eval, predict, sweep, export, merge, lr_range',
     'files': 'predict: images, or a pattern in quotes; merge: finished runs, likewise',
     'method': 'merge: greedy_soup, uniform_soup, wise_ft, task_arithmetic, ties, dare; with fields ties(density=0.2)',
     'start': 'merge: the run that the others began from',
-    'output': 'predict: the csv, <workdir>/predictions.csv unless given; export: the .safetensors file',
-    'origin': 'export: whose names to write: torchvision, timm, transformers, …',
+    'output': 'predict: the csv, <workdir>/predictions.csv unless given; export: the .safetensors file, or a folder',
+    'origin': 'export: whose names to write: torchvision, timm, transformers, …; peft for adapters alone',
+    'merge': 'export: merge the adapters into the network; --merge=restored where that was held in few bits',
     'trials': 'sweep: of a search over the config file’s space(), 20 unless given',
     'workers': 'sweep: how many trials run at once',
     'range': 'lr_range: its ends, 1e-7,10 unless given',

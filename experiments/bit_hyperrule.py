@@ -71,7 +71,10 @@ def main() -> None:
     lines += ['| | published (big_transfer @140de6e) | ours | |', '| --- | --- | --- | --- |']
     found = list(rows())
     lines += [f'| {" | ".join(row)} |' for row in found]
-    lines += ['', f'{sum(row[-1] == _mark(True) for row in found)} of {len(found)} agree; made by `python -m experiments.bit_hyperrule`.']
+    lines += [
+        '',
+        f'{sum(row[-1] == _mark(True) for row in found)} of {len(found)} agree; made by `python -m experiments.bit_hyperrule`.',
+    ]
     text = '\n'.join(lines) + '\n'
     write_atomically(OUTPUT, text)
     print(text)

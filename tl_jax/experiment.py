@@ -19,6 +19,8 @@ from tl_jax.experiment_data import Data, data_from
 from tl_jax.gradients import GRADIENTS, Gradient
 from tl_jax.objectives import Model, Objective, phases_of
 from tl_jax.optimizers import Partition, create_partition
+from tl_jax.peft import files as peft_files
+from tl_jax.peft.quantized import forgetful, quantized
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -125,6 +127,9 @@ def build(config: Mapping[str, Any]) -> Experiment:
     config = {**config, 'model': pretrained.resolved(config['model'])}
     if config['dtype'] not in DTYPES:
         raise UserError(f"config.dtype: must be one of {', '.join(DTYPES)}, not '{config['dtype']}'")
+    for field in ('ema', 'ema_from'):
+        if not 0 <= config[field] <= 1:
+            raise UserError(f'config.{field}: must lie in 0 … 1, not {config[field]}')
     if not config['stages']:
         raise UserError(
             "config.stages: is empty; add one, such as dict(steps=100, train=[('.*', dict(name='adam', lr=1e-3))])"
@@ -181,9 +186,7 @@ def _with_rules(experiment: Experiment, number: int, order: Sequence[str]) -> St
     if partitions.is_plain(stage.rules):
         return stage
     leaves = trees.flatten(experiment.shapes(number)['params'])
-    write = functools.partial(
-        partitions.expanded, stage.rules, order, leaves, field=f'config.stages[{number}].train'
-    )
+    write = functools.partial(partitions.expanded, stage.rules, order, leaves, field=f'config.stages[{number}].train')
     if not partitions.follows_history(stage.rules):
         return stage._replace(rules=write())
     return stage._replace(rules=lambda records: write(history=partitions.history_of(records)))
@@ -196,6 +199,9 @@ def model_from(
     ignore: list = (),
     fresh: list = (),
     num_classes: int | None = None,
+    peft: str | Mapping | None = None,
+    active: list | None = None,
+    quantize: Mapping | None = None,
     classes: int,
     dtype: Any,
     load: bool,
@@ -209,6 +215,10 @@ def model_from(
       ignore: regexes of stored tensors that are not wanted.
       fresh: regexes of parameters that keep their random start.
       num_classes: width of the head, 0 for none; the data's number of classes unless given.
+      peft: an adapter, `dict(name='lora', rank=8)`, or several by names of their own; see `tl_jax.peft.ADAPTERS`. The path
+        of a folder of Hugging Face's `peft`, 'hf://org/adapter' say, stands for what it holds.
+      active: names of the adapters that act; all unless given.
+      quantize: how a frozen base is held, `dict(name='nf4')`; see `tl_jax.peft.quantized.quantized`.
       classes: the data's number of classes.
       dtype: of the computation.
       load: whether to read `source`.
@@ -216,18 +226,33 @@ def model_from(
     """
     module = module_from(name=name, num_classes=num_classes, classes=classes, dtype=dtype, **overrides)
 
+    loading = {'name': name, 'source': source, 'ignore': ignore, 'fresh': fresh} if source else None
+
+    def start(key, inputs):
+        return dict(jax.jit(lambda k, x: module.init(k, x, train=False))(key, inputs))
+
     def init(key, inputs):
-        variables = dict(jax.jit(lambda k, x: module.init(k, x, train=False))(key, inputs))
-        if source and load:
-            variables = pretrained.fill_model(
-                name, source, variables, backbone=module.backbone, ignore=ignore, fresh=fresh
-            )
-        return variables
+        variables = start(key, inputs)
+        return (
+            pretrained.fill_model(variables=variables, backbone=module.backbone, **loading)
+            if loading and load
+            else variables
+        )
 
     def classify(variables, features, *, train=False, rngs=None):
         return module.apply(variables, features, train, rngs=rngs, method='classify')
 
-    return Model(init, module.apply, classify)
+    model = Model(init, module.apply, classify)
+    if quantize:
+        model = forgetful(model, dtype=dtype)
+    if peft:
+        plain = model._replace(init=start)
+        model = peft_files.model_with(plain, peft, module.backbone, active=active, loading=loading, load=load)
+    elif active:
+        raise UserError('config.model.active: there is no adapter; add model.peft=dict(name=…)')
+    elif loading and load:
+        peft_files.refuse_adapters(source)
+    return call(quantized, quantize, 'config.model.quantize', model, dtype=dtype) if quantize else model
 
 
 def layer_order(section: Mapping[str, Any]) -> tuple[str, ...]:
@@ -273,8 +298,9 @@ def create_objective(
     *,
     load_main: bool,
     load_others: bool,
+    around: Callable[[Model], Model] | None = None,
 ) -> Objective:
-    """Builds an objective: the named constructor, within the views that the section mentions (`mixed=dict(mixup=.2)`).
+    """Builds an objective: the named constructor, within the wrappers that the section mentions (`l2_sp=dict(weight=.01)`).
 
     Args:
       section: the objective's fields. A field that the constructor annotates as `Model` is a section as `config.model`.
@@ -283,6 +309,7 @@ def create_objective(
       data: opened.
       load_main: whether to read the main network's pretrained weights.
       load_others: the same of the networks named in the section.
+      around: what to make of the main network first.
     """
     fields = dict(section)
     wrappers = {wrapper: fields.pop(wrapper) for wrapper in objectives.WRAPPERS if wrapper in fields}
@@ -298,6 +325,7 @@ def create_objective(
     name = fields.pop('name', None)
     constructor = _look_up(objectives.OBJECTIVES, name, where)
     main = call(model_from, config['model'], 'config.model', classes=classes, dtype=dtype, load=load_main)
+    main = around(main) if around else main
     others = {}
     for role in _models_of(constructor):
         if role not in fields:

@@ -135,7 +135,17 @@ def open_data(
     for name, source in sources.items():
         if source.lengths is not None:
             say(f'{name}: {describe(source)}')
-    return Data(streams, sources, held_out['eval'], held_out['test'], train_transforms, eval_transforms, batches, class_names, poisson)
+    return Data(
+        streams,
+        sources,
+        held_out['eval'],
+        held_out['test'],
+        train_transforms,
+        eval_transforms,
+        batches,
+        class_names,
+        poisson,
+    )
 
 
 def _preprocessing(model: Mapping[str, Any], field: str) -> Preprocessing:

@@ -18,8 +18,9 @@ from tl_jax import overview, pretrained, report, train
 from tl_jax import workdir as workdir_lib
 from tl_jax.errors import UserError
 from tl_jax.experiment_data import data_from
-from tl_jax.finished import network, predict, trained
+from tl_jax.finished import export_adapters, network, predict, trained
 from tl_jax.merged_runs import folders_of, merge_runs
+from tl_jax.probe import probe
 from tl_jax.progress import say
 
 Flags = Mapping[str, str]
@@ -80,15 +81,18 @@ def run_predict(flags: Flags, assignments: Sequence[str]) -> None:
 
 
 def run_export(flags: Flags, assignments: Sequence[str]) -> None:
-    """Writes a finished run's network under the names of another library, which then loads the file."""
+    """Writes a finished run's network, or its adapters, under the names of another library, which then loads them."""
     workdir = _workdir(flags)
     if 'origin' not in flags or 'output' not in flags:
         raise UserError(
             '--origin, --output: say whose names to write, such as --origin=timm --output=model.safetensors'
         )
     _refuse_assignments(assignments, 'export')
-    module, variables = network(workdir)
-    names = pretrained.export_pretrained(flags['output'], variables, module, flags['origin'])
+    if flags['origin'] == 'peft':
+        names = export_adapters(workdir, Path(flags['output']))
+    else:
+        module, variables = network(workdir, merge=flags.get('merge', ''))
+        names = pretrained.export_pretrained(flags['output'], variables, module, flags['origin'])
     say(f'{len(names)} tensors under the names of {flags["origin"]}: {flags["output"]}')
 
 
@@ -138,6 +142,16 @@ def run_merge(flags: Flags, assignments: Sequence[str]) -> None:
     say(f'{summary["merge"]["method"]}, chosen by {summary["select_by"]}: {figures}')
 
 
+def run_probe(flags: Flags, assignments: Sequence[str]) -> None:
+    """Fits the head of a config's network to convergence on frozen features, and writes a run like training's."""
+    workdir = _workdir(flags)
+    summary = probe(config_lib.resolve(_config(flags, assignments)), workdir)
+    figures = '  '.join(f'{k} {v:.4f}' for k, v in summary['metrics'].items())
+    say(f'C = {summary["probe"]["C"]:.4g}, {summary["probe"]["iterations"]} iterations: {figures}')
+    if jax.process_index() == 0:
+        say(f'report: {report.write_run_report(workdir)}')
+
+
 def run_search(flags: Flags, assignments: Sequence[str]) -> None:
     """Searches the config file's `space()` for the fields with which the evaluation split likes the model best."""
     from tl_jax import search  # Optuna takes a second to import
@@ -177,6 +191,7 @@ JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
     'train': run_train,
     'eval': run_eval,
     'predict': run_predict,
+    'probe': run_probe,
     'sweep': run_sweep,
     'export': run_export,
     'lr_range': run_lr_range,

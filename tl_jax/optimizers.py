@@ -1,5 +1,6 @@
 """Rule lists to optax: which leaves a stage trains, with what, and how the learning rate moves."""
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import optax
 from tl_jax import trees
 from tl_jax.config import call
 from tl_jax.errors import UserError, nearest
+from tl_jax.peft.adalora import budgeted
 
 # name -> (optax constructor, its own argument for decoupled weight decay)
 OPTIMIZERS = {
@@ -23,6 +25,7 @@ OPTIMIZERS = {
     'rmsprop': (optax.rmsprop, None),
     'lamb': (optax.lamb, 'weight_decay'),
     'lion': (optax.lion, 'weight_decay'),
+    'adalora': (budgeted, 'weight_decay'),
     'adafactor': (optax.adafactor, 'weight_decay_rate'),
     'adadelta': (optax.adadelta, 'weight_decay'),
 }
@@ -113,8 +116,15 @@ def create_partition(
       UserError: a rule does nothing, an optimizer or schedule is not known, or nothing is left to train.
     """
     indices = [(rule[0], i) for i, rule in enumerate(rules)]
-    winners = trees.match(indices, trees.flatten(params), field=field, default=None)
+    flat = trees.flatten(params)
+    winners = trees.match(indices, flat, field=field, default=None)
     winners = {path: i for path, i in winners.items() if i is not None and rules[i][1] is not None}
+    for path, i in winners.items():
+        if jnp.issubdtype(getattr(flat[path], 'dtype', jnp.float32), jnp.integer):
+            raise UserError(
+                f"{field}[{i}]: the rule '{rules[i][0]}' would train '{path}', which is held as {flat[path].dtype} codes; train "
+                "'adapters/.*' and 'head/.*', or leave out config.model.quantize"
+            )
     if not winners:
         raise UserError(f"{field}: trains no leaf; add a rule such as ('head/.*', dict(name='adamw', lr=1e-3))")
     winners = _moved_by_some(winners, rules, phases, field)
@@ -191,6 +201,8 @@ def create_optimizer(
     counted = schedule if updates == 1 else lambda count: schedule(count // updates)
     constructor, own_decay = OPTIMIZERS[name]
     extra = {own_decay: decay} if own_decay else {}
+    if 'steps' in inspect.signature(constructor).parameters:
+        extra['steps'] = steps * updates
     optimizer = call(constructor, options, where, learning_rate=counted, **extra)
     if decay and not own_decay:
         optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)

@@ -14,6 +14,8 @@ from tl_jax.errors import UserError, nearest
 from tl_jax.evaluate import evaluate
 from tl_jax.experiment import Experiment, bytes_of, parameter_count
 from tl_jax.objectives import Objective
+from tl_jax.peft import files as peft_files
+from tl_jax.peft.base import CONSTANTS, ROLE
 from tl_jax.pretrained import save_variables
 from tl_jax.selection import Selection
 from tl_jax.state import Layout, TrainState, variables_of
@@ -37,10 +39,10 @@ def exported(objective: Objective, variables: Mapping[str, Any]) -> dict[str, An
     """The adapted network under its own names, without whatever else the method needed."""
     if objective.export:
         variables = objective.export(variables)
-    network = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+    network = {name: variables[name] for name in ('params', 'batch_stats', CONSTANTS) if name in variables}
     if objective.figures:
         return network
-    return {c: {role: tree[role] for role in ('backbone', 'head') if role in tree} for c, tree in network.items()}
+    return {c: {role: tree[role] for role in ('backbone', 'head', ROLE) if role in tree} for c, tree in network.items()}
 
 
 def evaluate_splits(
@@ -75,8 +77,9 @@ def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str,
     metrics = {**evaluate_splits(run, state, stage.objective, run.experiment.data.splits, store=''), **spent}
     network = mesh_lib.to_host(exported(stage.objective, variables_of(state, averaged=config['ema'] > 0)))
     if jax.process_index() == 0:
-        card = workdir_lib.model_card(run.experiment, stage.objective)
-        save_variables(run.workdir / 'model.safetensors', network, card)
+        leaves, base = peft_files.stored(network, config['model'])
+        card = workdir_lib.model_card(run.experiment, stage.objective, peft_files.described(config['model']), base)
+        save_variables(run.workdir / 'model.safetensors', leaves, card)
     stages = [run.layout_of(number) for number in range(len(run.experiment.stages))]
     return {
         'name': config['name'],

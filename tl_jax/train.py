@@ -19,6 +19,7 @@ from tl_jax.checkpoint import Checkpoints, Place
 from tl_jax.config import call, resolve
 from tl_jax.evaluate import create_eval_step
 from tl_jax.experiment import Experiment, build, bytes_of, inherited, parameter_count, started
+from tl_jax.features import with_features
 from tl_jax.guard import settle
 from tl_jax.objectives import Objective
 from tl_jax.optimizers import Partition
@@ -79,15 +80,17 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
             if place is None or place.stage != number:
                 place = Place(number, int(state.step))
                 state = begin_stage(run, state, number)
-            state = train_stage(run, state, place, asked_to_stop)
+            seen = with_features(run, state, number)
+            state = train_stage(seen, state, place, asked_to_stop)
         checkpoints.wait()
         comparable = [r for r in log.records if r['stage'] >= experiment.first_comparable]
         steps, best = int(state.step), selection.best(comparable)
         if best and best['step'] != steps:
             state, place = checkpoints.restore(best['step'], layout_of)
+            seen = seen if place.stage == number else with_features(run, state, place.stage)
         # What was spent counts to the last step, whichever checkpoint is chosen: the choice has seen them all.
         spent = experiment.stages[-1].gradient.figures(steps - place.first_step)
-        summary = {'steps': steps, **final_figures(run, state, place, spent), 'seconds': seconds(), **about}
+        summary = {'steps': steps, **final_figures(seen, state, place, spent), 'seconds': seconds(), **about}
         if jax.process_index() == 0:
             workdir_lib.write_json(workdir / 'summary.json', summary)
     return state

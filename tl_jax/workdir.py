@@ -151,10 +151,18 @@ def commit() -> str | None:
     return f'{name}-dirty' if name and changed.stdout.strip() else name or None
 
 
-def model_card(experiment: Any, objective: Any) -> dict[str, str]:
-    """What `model.safetensors` says of itself: all that prediction needs besides the weights."""
+def model_card(
+    experiment: Any, objective: Any, model: Mapping[str, Any], base: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """What `model.safetensors` says of itself: all that prediction needs besides the weights.
+
+    Args:
+      experiment: of the run.
+      objective: of its last stage.
+      model: its section, without where weights came from.
+      base: which weights complete the file; None where it is whole.
+    """
     config, batch, data = experiment.config, experiment.batch, experiment.data
-    fields = {k: v for k, v in config['model'].items() if k not in ('source', 'ignore', 'fresh')}
     stream = batch[objective.streams[0]]
     # The test split's transforms, as they are of the domain that the network is for.
     judged = next(iter([*data.test, *data.eval, *data.streams]))
@@ -166,13 +174,14 @@ def model_card(experiment: Any, objective: Any) -> dict[str, str]:
         'image_shape': str(inputs.shape[1:]),
         'tl_jax': json.dumps(
             {
-                'model': fields,
+                'model': model,
                 'class_names': list(data.class_names),
                 'classification': objective.figures is None,
                 'input_shape': inputs.shape[1:],
                 'input_dtype': str(inputs.dtype),
                 'eval_transform': data.eval_transforms[judged],
                 'dtype': config['dtype'],
+                **({'base': base} if base else {}),
             }
         ),
     }

@@ -64,7 +64,9 @@ def generate(
     if not hasattr(backbone, 'cache_length') or getattr(backbone, 'output', '') == 'none':
         raise UserError(f'generate: this {type(backbone).__name__} writes no text; choose a decoder with lm_logits')
     if 'adapters' in variables['params']:
-        raise UserError('generate: the adapters of these variables would not act; give the weights of tl_jax.peft.merged')
+        raise UserError(
+            'generate: the adapters of these variables would not act; give the weights of tl_jax.peft.merged'
+        )
     rule = _rule(backbone.vocabulary, max_new_tokens, temperature, top_k, top_p, eos_id, pad_id)
     if rule.temperature and key is None:
         raise UserError('generate.key: drawing tokens needs one, such as jax.random.key(0); or leave temperature 0')

@@ -179,7 +179,7 @@ class Attention(nn.Module):
         dim = self.head_dim or x.shape[-1] // self.heads
         projected = [
             Dense(self.heads * dim, self.use_bias, self.dtype, name=name)(inputs).reshape(
-                *inputs.shape[:2], self.heads, dim
+                inputs.shape[0], -1, self.heads, dim
             )
             for name, inputs in (('query', x), ('key', context), ('value', context))
         ]

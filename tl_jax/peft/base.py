@@ -313,7 +313,9 @@ def _merged(params: Any, merge: Callable, sites: Sequence[Site], mine: Mapping[s
 def _refuse_reparametrised(adapter: Adapter, sites: Sequence[Site], field: str) -> None:
     for site in sites:
         if adapter.call is not None and getattr(site.module, 'reparametrize', None) is not None:
-            raise UserError(f"{field}: '{site.path}' standardises its kernel, which cannot hold an adapter; do not merge")
+            raise UserError(
+                f"{field}: '{site.path}' standardises its kernel, which cannot hold an adapter; do not merge"
+            )
 
 
 def _interceptor(entering: Mapping[str, list], params: Any) -> Callable:
