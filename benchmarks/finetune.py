@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.step import CASES, CLASSES, Case
 from tl_jax import trees
 from tl_jax.config import call
-from tl_jax.experiment import bytes_of, model_from
+from tl_jax.experiment import bytes_of
 from tl_jax.gradients import GRADIENTS
+from tl_jax.networks import model_from
 from tl_jax.objectives import supervised
 from tl_jax.optimizers import create_partition
 from tl_jax.state import create_state, enter_stage

@@ -25,7 +25,7 @@ from tl_jax.errors import UserError, nearest
 DEFAULTS = {
     'name': '',  # shown in reports
     'seed': 0,  # of initialisation and of everything drawn during training; `data.seed` has its own
-    'model': {},  # tl_jax.models.create_model, plus `source`: see tl_jax.experiment.model_from
+    'model': {},  # tl_jax.models.create_model, plus `source`: see tl_jax.networks.model_from
     'data': {},  # tl_jax.experiment_data.open_data
     'objective': {'name': 'supervised'},  # tl_jax.objectives
     'stages': [],  # each: steps | epochs | examples, train = [(regex, optimizer)], and an objective and gradient of its own

@@ -25,7 +25,8 @@ from tl_jax.config import call
 from tl_jax.data import cached
 from tl_jax.data.streams import Loader
 from tl_jax.errors import UserError
-from tl_jax.experiment import create_objective, model_from
+from tl_jax.experiment import create_objective
+from tl_jax.networks import model_from
 from tl_jax.objectives import Model, Objective, Phase, inputs_of, phases_of
 from tl_jax.peft.base import ROLE as ADAPTERS
 from tl_jax.progress import say

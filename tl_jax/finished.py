@@ -16,7 +16,7 @@ from tl_jax import pretrained, trees
 from tl_jax.config import call
 from tl_jax.errors import UserError
 from tl_jax.evaluate import Predictions, create_eval_step, evaluate
-from tl_jax.experiment import model_from, module_from
+from tl_jax.networks import model_from, module_from
 from tl_jax.objectives import Model, inputs_of
 from tl_jax.peft import adapters_from, merged
 from tl_jax.peft.files import ON_FILE, as_held

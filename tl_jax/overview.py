@@ -40,7 +40,7 @@ def _parameters(experiment: Experiment, stages: list[Layout]) -> list[str]:
     """One row a leaf: path, shape, dtype, bytes, and the rule that trains it in each stage."""
     flat = trees.flatten(trees.merge(*(stage.state.params for stage in stages)))
     columns = []
-    for number, stage in enumerate(experiment.stages):
+    for number in range(len(stages)):
         rules = [(regex, 'frozen' if spec is None else f'{spec["name"]}') for regex, spec in experiment.rules(number)]
         there = trees.flatten(stages[number].state.params)
         said = trees.match(rules, there, field=f'config.stages[{number}].train', default='frozen')

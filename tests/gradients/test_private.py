@@ -12,8 +12,8 @@ import pytest
 from tl_jax import config as config_lib
 from tl_jax import trees
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
 from tl_jax.gradients.private import add_noise, calibrated_noise, clipped_sum, epsilon_of, private
+from tl_jax.networks import model_from
 from tl_jax.objectives import supervised
 from tl_jax.train import train_and_evaluate
 

@@ -8,7 +8,7 @@ from scipy.signal import correlate2d
 
 from tl_jax.config import plain
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives.adversarial import adda, cdan, dann, domain_logit, ramp, reverse_gradient
 from tl_jax.optimizers import create_partition
 from tl_jax.train import train_and_evaluate

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives.contrastive import (
     clamp,
     clip_loss,

@@ -7,8 +7,8 @@ import pytest
 
 from tl_jax.config import plain
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
 from tl_jax.gradients import plain as plain_gradient
+from tl_jax.networks import model_from
 from tl_jax.objectives.discrepancy import discrepancy, mcd
 from tl_jax.optimizers import create_partition
 from tl_jax.state import create_state, enter_stage

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives.matching import coral, coral_distance, dan, mmd
 
 

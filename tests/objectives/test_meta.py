@@ -7,7 +7,7 @@ import pytest
 
 from tl_jax import objectives, trees
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives import Model
 from tl_jax.train import train_and_evaluate
 

@@ -9,7 +9,7 @@ import pytest
 
 from tl_jax import trees
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives.multitask import gradnorm_gaps, multitask, task_figures
 from tl_jax.train import train_and_evaluate
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tl_jax import objectives
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives import Model
 from tl_jax.train import train_and_evaluate
 

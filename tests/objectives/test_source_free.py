@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from tl_jax import pretrained
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives.source_free import cluster_labels, entropy, shot
 
 

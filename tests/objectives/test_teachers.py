@@ -7,7 +7,7 @@ import pytest
 
 from tl_jax import trees
 from tl_jax.errors import UserError
-from tl_jax.experiment import model_from
+from tl_jax.networks import model_from
 from tl_jax.objectives.teachers import (
     binary_cross_entropy,
     class_imbalance,
