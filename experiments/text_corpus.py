@@ -4,9 +4,10 @@
 
 One text a line, in a fixed order. AG News is here without its training file: its `dev.tsv`, 10,000 texts of the official
 training set, counts as one. Left out: every other file named dev, val or test, and of the rest each text that, by its words
-in lower case, is one of theirs, or shares 8 words in a row with one. The phrases of SST-2's `dev.tsv` are a random tenth of
-all phrases of the training sentences, so for them only the first holds. Texts of fewer than 4 words and repetitions go too;
-long ones are cut into pieces of 90 words.
+in lower case, is one of theirs, shares 8 words in a row with one, or, if shorter, stands within one: SST-2's training phrases
+are parts of the sentences that MR's test file has. The phrases of SST-2's `dev.tsv` are a random tenth of all phrases of the
+training sentences, so for them only the first holds. Texts of fewer than 4 words and repetitions go too; long ones are cut
+into pieces of 90 words.
 """
 
 import re
@@ -85,19 +86,27 @@ def normal(text: str) -> tuple[str, ...]:
 
 
 def runs_of(words: tuple[str, ...], length: int = SHARED_WORDS) -> Iterator[tuple[str, ...]]:
-    """All runs of so many words."""
+    """All runs of so many words; none of a shorter text."""
     return (words[i : i + length] for i in range(len(words) - length + 1))
 
 
+def parts_of(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The runs of words that no text of the corpus may share, nor, of the shorter ones, be."""
+    return (run for length in range(FEWEST_WORDS, SHARED_WORDS + 1) for run in runs_of(words, length))
+
+
 def kept(texts: Iterable[str], same: set[tuple[str, ...]], shared: set[tuple[str, ...]], why: Counter) -> Iterator[str]:
-    """The texts that are neither in `same` nor share a run of words in `shared`, each once; counts the others in `why`."""
+    """The texts that are neither in `same` nor share a run of words in `shared`, each once; counts the others in `why`.
+
+    Of a text of fewer than 8 words the run is all of it.
+    """
     seen = set()
     for text in texts:
         words = normal(text)
         if words in same:
             why['an evaluation text'] += 1
-        elif any(run in shared for run in runs_of(words)):
-            why[f'{SHARED_WORDS} words of an evaluation text'] += 1
+        elif any(run in shared for run in runs_of(words, min(len(words), SHARED_WORDS))):
+            why[f'{SHARED_WORDS} words of an evaluation text, or a shorter part'] += 1
         elif len(words) < FEWEST_WORDS:
             why[f'fewer than {FEWEST_WORDS} words'] += 1
         elif words in seen:
@@ -137,7 +146,7 @@ def train_wordpiece(texts: list[str], size: int = VOCABULARY) -> list[str]:
 
 def main(folder: str) -> None:
     same = {normal(text) for file in [*EVALUATION, PHRASES] for text in texts_of(file)}
-    shared = {run for file in EVALUATION for text in texts_of(file) for run in runs_of(normal(text))}
+    shared = {run for file in EVALUATION for text in texts_of(file) for run in parts_of(normal(text))}
     why: Counter = Counter()
     texts = list(kept((text for file in TRAINING for text in texts_of(file)), same, shared, why))
     lines = [piece for text in texts for piece in pieces(text) if len(piece.split()) >= FEWEST_WORDS]
