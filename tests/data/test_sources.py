@@ -188,6 +188,7 @@ def test_tables_of_texts(tmp_path):
         ('a,label,a\n1,0,2\n', "column 'a' occurs twice"),
         ('a,label\n1,0\n2\n', 'line 3: 1 fields for 2 columns'),
         ('a,label\n1,0\nnan,1\n', "line 3: a='nan' is not finite"),
+        ('a,label\n1,0\n1e39,1\n', "line 3: a='1e39' is not finite in float32"),
         ('a,label\n1,0\nx,1\n', "line 3: a='x' is not a number"),
         ('a,label\n1,0\n2,1.5\n', 'line 3: label 1.5 is not a whole number'),
         ('a,label\n1,0\n2,\n', "line 3: label '' is missing"),
@@ -211,6 +212,7 @@ def test_bad_csv(tmp_path, text, message):
     ('text', 'message'),
     [
         ('{"a": 1, "label": 0}\n{"a": NaN, "label": 0}\n', 'line 2: a=nan is not finite'),
+        ('{"a": 1' + '0' * 400 + ', "label": 0}\n', 'line 1: a=10{40,}.* is not a number'),
         ('{"a": 1, "label": 0}\n{"a": null, "label": 0}\n', 'line 2: a=None is not a number'),
         ('{"a": 1, "label": 0}\n{"a": [1, 2], "label": 0}\n', 'line 2: 2 numbers, 1 in the rows before'),
         ('{"a": 1, "label": 0}\n{"b": 1, "label": 0}\n', "line 2: column 'a' is not in every line"),

@@ -84,6 +84,34 @@ def test_empty_texts_and_labels_that_differ(tmp_path):
         open_data(train={**train, 'class_names': ['neg', 'pos']}, test=texts('c'), **run)
 
 
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(spec='jsonl:null.jsonl'), 'null.jsonl, line 1: its text is empty'),
+        (dict(spec='jsonl:huge.jsonl'), 'huge.jsonl, line 1: not JSON'),
+        (dict(spec='tsv:a.tsv', length=0), 'length=0: must be a whole number of tokens'),
+        (dict(spec='tsv:a.tsv', length=2.5), 'length=2.5: must be'),
+        (dict(spec='lines:a.tsv', length=-1), 'length=-1: must be'),
+        (dict(spec='packed:a.tsv', length=0, end=0), 'length=0: must be'),
+        (dict(spec='packed:a.tsv', length=2, end=-1), 'end=-1 is no id of its tokenizer, 0 … 256'),
+        (dict(spec='conll:a.tsv', length=0), 'length=0: must be'),
+        (dict(spec='tsv:a.tsv', without='b.tsv'), "b.tsv, line 2: no column 'text'"),
+        (
+            dict(spec='tsv:a.tsv', tokenizer=dict(name='words', text='a.tsv', column=2)),
+            'a.tsv, line 1: has 2 columns; tokenizer.column=2',
+        ),
+    ],
+)
+def test_refused_in_one_line(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.tsv').write_text('label\ttext\n0\tgood\n')
+    (tmp_path / 'b.tsv').write_text('label\tbody\n0\tgood\n')
+    (tmp_path / 'null.jsonl').write_text('{"text": null, "label": 0}\n')
+    (tmp_path / 'huge.jsonl').write_text('{"text": 1' + '0' * 5000 + ', "label": 0}\n')
+    with refuses(re.escape(message)):
+        open_source(**({} if options['spec'][0] in 'lpc' else dict(text='text')) | options)
+
+
 def test_folds(tmp_path):
     (tmp_path / 'a.tsv').write_text('label\ttext\n' + ''.join(f'{i}\tword{i}\n' for i in range(23)))
     opened = lambda part: open_source(f'tsv:{tmp_path}/a.tsv{part}', text='text', length=4)

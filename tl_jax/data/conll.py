@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tl_jax.data.base import MAX_BYTES, Source, check_size
-from tl_jax.data.text import Tokenizer, make_tokenizer, read_lines
+from tl_jax.data.text import Tokenizer, check_length, make_tokenizer, read_lines
 from tl_jax.data.tokenizers import PretrainedTokenizer
 from tl_jax.errors import UserError, nearest
 
@@ -41,6 +41,7 @@ def open_conll(
     sentences = _sentences(path, read_lines(path, max_bytes), word_column, tag_column)
     if not sentences:
         raise UserError(f'{name}: has no sentences')
+    check_length(length)
     check_size(2 * len(sentences) * length * 4, name, max_bytes)
     names = list(class_names) if class_names else sorted({tag for sentence in sentences for _, tag, _ in sentence})
     for sentence in sentences:

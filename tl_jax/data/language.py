@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tl_jax.data.base import MAX_BYTES, Source, check_size
-from tl_jax.data.text import Tokenizer, encode_texts, make_tokenizer, read_lines
+from tl_jax.data.text import Tokenizer, check_length, encode_texts, make_tokenizer, read_lines
 from tl_jax.data.tokenizers import PretrainedTokenizer
 from tl_jax.errors import UserError
 
@@ -51,8 +51,11 @@ def open_packed(
       max_bytes: of the file.
     """
     name = f'packed:{path}'
+    check_length(length)
     encode = make_tokenizer(tokenizer)
     end = _end_token(encode, name) if end is None else end
+    if not 0 <= end < encode.vocabulary:
+        raise UserError(f'{name}: end={end} is no id of its tokenizer, 0 … {encode.vocabulary - 1}')
     stream = [token for line in read_lines(path, max_bytes) if line.strip() for token in (*_plain(encode, line), end)]
     windows = len(stream) // length
     if not windows:

@@ -1,6 +1,7 @@
 """Tables: csv, tsv and jsonl files of features, of texts or of paths of images, with a column of labels or numbers."""
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -164,7 +165,7 @@ def _read_jsonl(file: str, lines: list[str]) -> Table:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
             raise UserError(f'{file}, line {number}: not JSON in UTF-8 ({error})') from error
         if not isinstance(row, dict):
             raise UserError(f'{file}, line {number}: not an object')
@@ -197,7 +198,8 @@ def _match(file: str, lines: list[str], pattern: str) -> Table:
 
 def _with_text(table: Table, columns: list[str], skip: bool) -> Table:
     """The table, its rows without a text left out if `skip` says so, and otherwise refused."""
-    full = [all(str(row[table.columns.index(column)]).strip() for column in columns) for row in table.rows]
+    text_of = lambda value: '' if value is None else str(value).strip()  # null, or a group that took no part
+    full = [all(text_of(row[table.columns.index(column)]) for column in columns) for row in table.rows]
     if not all(full) and not skip:
         place = table.places[full.index(False)]
         raise UserError(f"{place}: its text is empty; fill or remove the row, or leave it out with unreadable='skip'")
@@ -212,6 +214,9 @@ def _distinct(table: Table, texts: list[str], others: list[Table], unique: bool,
     """The rows whose texts are in none of the others and, where `unique`, in no row before."""
     if not texts:
         raise UserError(f'{name}: `unique` and `without` go by a text; name its column with text')
+    for other, column in itertools.product(others, texts):
+        if column not in other.columns:
+            raise UserError(f'{other.places[0]}: no column {column!r}; {nearest(column, other.columns)}')
     keys = lambda t: [tuple(str(row[t.columns.index(c)]).strip() for c in texts) for row in t.rows]
     seen = {key for other in others for key in keys(other)}
     kept = []
@@ -251,12 +256,12 @@ def _numbers(table: Table, wanted: list[str]) -> np.ndarray:
         for column, index in zip(wanted, indices, strict=True):
             try:
                 values += [float(v) for v in (row[index] if isinstance(row[index], list) else [row[index]])]
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(
-                    f'{place}: {column}={row[index]!r} is not a number; list numeric columns in inputs'
+                    f'{place}: {column}={row[index]!r:.80} is not a number; list numeric columns in inputs'
                 ) from error
-            if not np.all(np.isfinite(values)):
-                raise UserError(f'{place}: {column}={row[index]!r} is not finite; fill or remove the row')
+            if not np.all(np.abs(values) <= np.finfo(np.float32).max):
+                raise UserError(f'{place}: {column}={row[index]!r} is not finite in float32; fill or remove the row')
         width = width or len(values)
         if len(values) != width:
             raise UserError(f'{place}: {len(values)} numbers, {width} in the rows before')

@@ -11,7 +11,7 @@ import re
 import tarfile
 import unicodedata
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -92,8 +92,8 @@ def word_tokenizer(*, text: str, vocabulary: int = 8192, column: int | None = No
     _check_vocabulary(vocabulary)
     split = (lambda line: line.lower().split()) if spaces else words_of
     files = in_braces(text)
-    lines = (line if column is None else line.split('\t')[column] for file in files for line in read_lines(file))
-    counts = collections.Counter(word for line in lines for word in split(line))
+    texts = (text for file in files for text in _column(file, column))
+    counts = collections.Counter(word for text in texts for word in split(text))
     kept = sorted(counts, key=lambda word: (-counts[word], word))[: vocabulary - 2]
     ids = {word: i for i, word in enumerate(kept, start=UNKNOWN + 1)}
     return Tokenizer(lambda line: [ids.get(word, UNKNOWN) for word in split(line)], vocabulary)
@@ -117,6 +117,7 @@ def encode_texts(
       is not padding, where the tokenizer pads with a token that texts have too (GPT-2's does); and how many tokens each text
       has, int32 [texts].
     """
+    check_length(length)
     tokenizer = make_tokenizer(item)
     if isinstance(tokenizer, Tokenizer):
         if pairs is not None:
@@ -182,6 +183,25 @@ def _read(stream: BinaryIO, name: str, max_bytes: int) -> bytes:
     data = stream.read(max_bytes + 1)
     check_size(len(data), name, max_bytes)
     return data
+
+
+def check_length(length: int) -> None:
+    """Refuses texts of no tokens."""
+    if not isinstance(length, int) or length < 1:
+        raise UserError(f'length={length!r:.80}: must be a whole number of tokens, at least 1')
+
+
+def _column(file: str, column: int | None) -> Iterator[str]:
+    """The lines of a file, or what stands in a column of its table."""
+    for number, line in enumerate(read_lines(file), 1):
+        if not line.strip():
+            continue
+        fields = [line] if column is None else line.split('\t')
+        if column is not None and not 0 <= column < len(fields):
+            raise UserError(
+                f'{file}, line {number}: has {len(fields)} columns; tokenizer.column={column} counts from 0'
+            )
+        yield fields[column or 0]
 
 
 def _check_vocabulary(vocabulary: int) -> None:
