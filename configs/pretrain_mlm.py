@@ -6,7 +6,8 @@
 
 Four post-norm blocks of width 128: 1.9 million parameters, 3.8 MB in float16, with the head that fills in. 1.5 million words
 of film reviews, captions, news, questions: whatever ../shared/data holds that no evaluation split does; a fiftieth of it is
-held out. Each text is a sequence by itself. What the run gave: tl_jax/pretrained/shipped/text_encoder.json.
+held out, of SST-2's phrases often with the sentence around it still in training. Each text is a
+sequence by itself. What the run gave: tl_jax/pretrained/shipped/text_encoder.json.
 """
 
 import ml_collections
