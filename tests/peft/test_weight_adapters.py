@@ -268,12 +268,19 @@ def test_examples_one_by_one():
         np.testing.assert_allclose(one_by_one.sum(0), whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
+DIVIDING = ('lora', 'rslora', 'pissa', 'olora', 'dora', 'vera')
+DROPPING = (*DIVIDING, 'adalora', 'loha', 'lokr', 'oft')
+
+
 @pytest.mark.parametrize(
     ('section', 'layer', 'message'),
     [
         (dict(name='lora', targets='head'), 'dense', 'names no module'),
         (dict(name='lora', rank=9, targets='layer'), 'dense', r"rank: 9 is not within 1 … 8.*'layer', 12 × 8"),
         (dict(name='lora', rank=2.5, targets='layer'), 'dense', 'rank: must be int'),
+        *((dict(name=name, rank=0), 'dense', 'rank: must be at least 1, not 0') for name in DIVIDING),
+        *((dict(name=name, dropout=1.0), 'dense', 'dropout: must be at least 0 and less than 1') for name in DROPPING),
+        (dict(name='lokr', factor=0, targets='layer'), 'dense', 'factor: must be at least 1'),
         (dict(name='lora', ranks=2), 'dense', "ranks: unknown field; did you mean 'rank'"),
         (dict(name='lore'), 'dense', "no method 'lore'; did you mean 'lora'"),
         (dict(name='lora'), 'dense', 'targets: is required'),

@@ -10,6 +10,7 @@ from tl_jax.errors import UserError
 from tl_jax.models.fields import check_activation
 from tl_jax.models.transformer import ACTIVATIONS
 from tl_jax.peft.base import Adapter, Call, Parts, Site
+from tl_jax.peft.products import check_dropout
 
 MLP = r'backbone/(.*/)?block\d+/mlp'
 # `mlp2` is the layer that ends an MLP which is no module of its own: what is behind it is behind the MLP.
@@ -114,5 +115,4 @@ def _check(width: int, activation: str, dropout: float) -> None:
     check_activation(activation, 'peft.activation')
     if width < 1:
         raise UserError(f'config.model.peft.width: a bottleneck has at least 1 unit, not {width}')
-    if not 0 <= dropout < 1:
-        raise UserError(f'config.model.peft.dropout: must be at least 0 and less than 1, not {dropout}')
+    check_dropout(dropout)

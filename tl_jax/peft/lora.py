@@ -16,6 +16,8 @@ from tl_jax.peft.base import Adapter, Call, Parts, Site
 from tl_jax.peft.products import (
     LAYERS,
     added,
+    check_dropout,
+    check_positive,
     check_rank,
     columns_of,
     low_rank,
@@ -41,11 +43,13 @@ def lora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, targets: s
       dropout: of what goes through A, in training.
       targets: regex of module paths; the family's own unless given (`tl_jax.peft.targets`).
     """
+    check_positive(rank)
     return low_rank(_from_nothing(rank), _scaled(alpha / rank), dropout=dropout, targets=targets)
 
 
 def rslora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, targets: str | None = None) -> Adapter:
     """rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2): LoRA scaled by α / √r; fields as `lora`'s."""
+    check_positive(rank)
     return low_rank(_from_nothing(rank), _scaled(alpha / math.sqrt(rank)), dropout=dropout, targets=targets)
 
 
@@ -55,6 +59,7 @@ def pissa(*, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, targets: s
     W = U S Vᵀ; A = U_r √(S_r / s), B = √(S_r / s) V_rᵀ, s = α / r, and the layer keeps W − s A B. So what is left where the
     adapter is switched off is that rest. Fields as `lora`'s.
     """
+    check_positive(rank)
     scale = alpha / rank
 
     def factors(w: Array) -> tuple[Array, Array]:
@@ -70,6 +75,7 @@ def olora(*, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, targets: s
 
     Wᵀ = Q R; B = Q_rᵀ, A = R_rᵀ, and the layer keeps W − s A B, s = α / r, as with `pissa`. Fields as `lora`'s.
     """
+    check_positive(rank)
     scale = alpha / rank
 
     def factors(w: Array) -> tuple[Array, Array]:
@@ -94,6 +100,7 @@ def vera(
       seed: of A and B.
       targets: regex of module paths; the family's own unless given.
     """
+    check_positive(rank)
 
     def init(key, site: Site, weights) -> Parts:
         del key, weights
@@ -121,6 +128,8 @@ def dora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, targets: s
     of W's size is formed. No unmerging: the merged matrix has lost ‖W + s A B‖. Learns `lora_a`, `lora_b`, and `magnitude`
     m [columns], at first the norms of W's columns. Fields as `lora`'s.
     """
+    check_positive(rank)
+    check_dropout(dropout)
     factors = _scaled(alpha / rank)
     fresh = _from_nothing(rank)
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
 from tl_jax.peft.base import Adapter, Call, Parts, Site
-from tl_jax.peft.products import groups_of, matrix_shape, summed_axes
+from tl_jax.peft.products import check_dropout, groups_of, matrix_shape, summed_axes
 
 
 def oft(*, block: int = 4, dropout: float = 0.0, targets: str | None = None) -> Adapter:
@@ -21,6 +21,7 @@ def oft(*, block: int = 4, dropout: float = 0.0, targets: str | None = None) -> 
       dropout: share of the blocks' entries of Q that training takes for 0, each on its own.
       targets: regex of module paths; the family's own unless given.
     """
+    check_dropout(dropout)
 
     def init(key, site: Site, weights) -> Parts:
         del key, weights

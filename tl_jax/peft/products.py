@@ -102,6 +102,18 @@ def spread(z: Array, b: Float[Array, 'rank columns'], site: Site) -> Array:
     return y.reshape(*z.shape[:-2], -1)
 
 
+def check_dropout(rate: float) -> None:
+    """Refuses what is no share that dropout leaves something of."""
+    if not 0 <= rate < 1:
+        raise UserError(f'config.model.peft.dropout: must be at least 0 and less than 1, not {rate}')
+
+
+def check_positive(rank: int) -> None:
+    """Refuses a rank that no layer's matrix can have, ahead of the first division by it."""
+    if rank < 1:
+        raise UserError(f'config.model.peft.rank: must be at least 1, not {rank}')
+
+
 def check_rank(rank: int, site: Site) -> None:
     """Refuses a rank that the layer's matrix cannot have."""
     rows, columns = matrix_shape(site)
@@ -129,6 +141,7 @@ def low_rank(
       share: as `Adapter.share`.
       targets: regex of module paths.
     """
+    check_dropout(dropout)
 
     def call(parts: Parts, call: Call, site: Site):
         a, b = factors(parts, site)

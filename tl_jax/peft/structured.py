@@ -12,6 +12,7 @@ from tl_jax.peft.base import Adapter, Call, Parts, Site
 from tl_jax.peft.products import (
     LAYERS,
     added,
+    check_dropout,
     check_rank,
     convolved,
     groups_of,
@@ -76,6 +77,9 @@ def lokr(
       dropout: of the layer's inputs, or of what is looked up, in training.
       targets: regex of module paths; the family's own unless given.
     """
+    check_dropout(dropout)
+    if factor is not None and factor < 1:
+        raise UserError(f"config.model.peft.factor: must be at least 1, or None for the layer's own, not {factor}")
 
     def init(key, site: Site, weights) -> Parts:
         del weights

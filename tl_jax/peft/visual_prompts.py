@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from tl_jax.errors import UserError
 from tl_jax.models.vit import Block
 from tl_jax.peft.base import Adapter, Call, Parts, Site
+from tl_jax.peft.products import check_dropout
 
 BLOCKS = r'backbone/block\d+'
 
@@ -28,8 +29,7 @@ def vpt(*, tokens: int = 10, deep: bool = True, dropout: float = 0.0, patch_size
     """
     if tokens < 1:
         raise UserError(f'config.model.peft.tokens: there must be at least 1 prompt, not {tokens}')
-    if not 0 <= dropout < 1:
-        raise UserError(f'config.model.peft.dropout: must be at least 0 and less than 1, not {dropout}')
+    check_dropout(dropout)
 
     def init(key, site: Site, weights) -> Parts:
         del weights
