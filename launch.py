@@ -36,6 +36,19 @@ FLAGS = {
     'range': 'lr_range: its ends, 1e-7,10 unless given',
     'dry_run': 'say what would be trained, and stop',
 }
+# What one mode alone, or two, have a use for.
+MODES = {
+    'files': ('predict', 'merge'),
+    'method': ('merge',),
+    'start': ('merge',),
+    'output': ('predict', 'export'),
+    'origin': ('export',),
+    'merge': ('export',),
+    'trials': ('sweep',),
+    'workers': ('sweep',),
+    'range': ('lr_range',),
+    'dry_run': ('train',),
+}
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -68,6 +81,9 @@ def main(arguments: list[str]) -> None:
     mode = flags.get('mode', 'train')
     if mode not in jobs.JOBS:
         raise UserError(f"--mode: unknown mode '{mode}'; {nearest(mode, jobs.JOBS)}")
+    useless = next((name for name in flags if mode not in MODES.get(name, (mode,))), None)
+    if useless:
+        raise UserError(f'--{useless}: --mode={mode} has no use for it, --mode={" or ".join(MODES[useless])} has')
     start_processes()
     keep_compilations()
     jobs.JOBS[mode](flags, assignments)

@@ -141,6 +141,8 @@ def test_sweep_compares_and_resumes(config_file, tmp_path):
         (['--config={c}', '--workdir={w}', '--wrkdir=x'], "unknown flag; did you mean 'workdir'"),
         (['--config={c}', '--workdir={w}', '--mode=trian'], "unknown mode 'trian'; did you mean 'train'"),
         (['--config={c}'], '--workdir: name the directory'),
+        (['--config={c}', '--workdir={w}', '--mode=sweep', '--dry_run'], '--dry_run: --mode=sweep has no use for it'),
+        (['--config={c}', '--workdir={w}', '--mode=sweep', '--workers=2'], '--workers: is for a search over space()'),
         (['--config={c}', '--workdir={w}', '--config.data.train=folder:nowhere'], 'nowhere'),
         (['--config={c}', '--workdir={w}', '--config.model.source={e}'], 'evil.pth'),
     ],

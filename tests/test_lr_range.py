@@ -45,5 +45,9 @@ def test_a_run_of_it_leaves_two_files_and_no_more(digits_config, tmp_path):
     assert stored['rates'][0] == pytest.approx(1e-4) and len(stored['rates']) == len(stored['losses']) < 80
     assert found.losses[-1] > 4 * min(found.losses), 'it stops where the loss explodes'
     assert 5e-4 < found.steepest <= 10 * found.tenth < found.rates[-1]
+    for optimizer, message in (({'name': 'sgd', 'lr': 0.0}, 'above 0'), ({'name': 'sgd'}, 'lr: is required')):
+        bad = config_lib.resolve({**config, 'stages': [{'steps': 5, 'train': [('head/.*', optimizer)]}]})
+        with pytest.raises(UserError, match=message):
+            lr_range(bad, tmp_path)
     with pytest.raises(UserError, match='--range: must be two rates, the lower one first'):
         lr_range(config_lib.resolve(config), tmp_path, low=1.0, high=0.1)

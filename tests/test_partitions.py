@@ -16,7 +16,7 @@ from tl_jax.errors import UserError
 from tl_jax.experiment import build
 from tl_jax.models import create_model, list_models
 from tl_jax.optimizers import create_partition, create_schedule, scaled
-from tl_jax.partitions import PARTITIONS, expanded, first_unconverged, layers_of
+from tl_jax.partitions import PARTITIONS, expanded, first_unconverged, history_of, layers_of
 
 sys.path.append(str(Path(__file__).parent / 'models'))
 from test_layer_order import fewer, inputs_for
@@ -230,6 +230,16 @@ def test_what_reaches_the_percentile_is_autofreezes():
         limit = np.percentile(change[first:], percentile)
         theirs = next(i for i, x in enumerate(change) if x >= limit)
         assert first_unconverged(before, now, first, percentile) == theirs
+
+
+def test_of_a_stage_its_last_record_counts():
+    records = [
+        {'stage': 0, 'gradient/a': 1.0},
+        {'stage': 0, 'gradient/a': 2.0},
+        {'stage': 0},
+        {'stage': 1, 'gradient/a': 3.0},
+    ]
+    assert history_of(records) == [{'a': 2.0}, {'a': 3.0}]
 
 
 def test_measured_optimizers_sum_gradients_over_the_stage():

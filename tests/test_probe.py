@@ -71,7 +71,7 @@ def test_a_probe_is_a_run(digits_config, tmp_path, capsys):
         'eval_transform': ['to_float'],
         'test': 'sklearn:digits/test[:50]',
     }
-    data = {'train': 'sklearn:digits/train[:120]', 'eval': 'sklearn:digits/val[:60]', **section}
+    data = {'train': 'sklearn:digits/train[:115]', 'eval': 'sklearn:digits/val[:60]', **section}
     config = resolve(digits_config(data=data, probe={'low': -2, 'high': 4, 'last_step': 1.0}))
     file = tmp_path / 'config.json'
     file.write_text(json.dumps(config))
@@ -93,6 +93,7 @@ def test_a_probe_is_a_run(digits_config, tmp_path, capsys):
     [
         ({'data': {'train': 'sklearn:digits/train[:40]'}}, 'config.data.eval: there is none to choose the penalty by'),
         ({'probe': {'C': -1.0}}, 'config.probe.C: must be above 0'),
+        ({'probe': {'low': 2.0, 'high': 1.0}}, 'config.probe: low must not be above high'),
         ({'probe': {'strength': 1.0}}, r'config\.probe\.strength: unknown field'),
         (
             {'model': {'name': 'convnet', 'widths': [8], 'head': 'cosine'}},

@@ -65,6 +65,12 @@ def test_a_search_finds_what_is_low_and_leaves_its_results(command, tmp_path):
     assert not list((tmp_path / 'search').glob('*.pid'))
 
 
+def test_a_search_that_goes_on_does_not_propose_its_first_trials_again(command, tmp_path):
+    for trials in (2, 4):
+        found = search(SPACE, tmp_path / 'search', VAL, command(), trials=trials, poll=0.02)
+    assert len({trial.params['a'] for trial in found}) == 4
+
+
 def test_a_stopped_search_goes_on(command, tmp_path):
     """Finished trials stay as they are; those at work are resumed where they were."""
     root = tmp_path / 'search'

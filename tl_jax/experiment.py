@@ -129,6 +129,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
     for field in ('ema', 'ema_from'):
         if not 0 <= config[field] <= 1:
             raise UserError(f'config.{field}: must lie in 0 … 1, not {config[field]}')
+    if config['ema_from'] and not config['ema']:
+        raise UserError(
+            'config.ema_from: says when averages begin, and there are none; set config.ema, 1 for a plain mean'
+        )
     if not config['stages']:
         raise UserError(
             "config.stages: is empty; add one, such as dict(steps=100, train=[('.*', dict(name='adam', lr=1e-3))])"

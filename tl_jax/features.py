@@ -72,6 +72,8 @@ def with_features(run: Run, state: TrainState, number: int) -> Run:
     if any(path.startswith(('backbone/', f'{ADAPTERS}/')) for path in partition.trainable):
         return run
     try:
+        if stage.objective.refresh:
+            raise Uncached('the objective passes over whole data sets, perhaps by another network')
         for stream in stage.objective.streams:
             _require_fixed_examples(experiment, stream, stage.steps)
         backbone = frozen_backbone(experiment, stage.objective.streams[0], variables, partition.trainable)
@@ -141,7 +143,6 @@ def on_features(experiment: Any, number: int) -> Objective:
             Phase(p.name, lambda variables, batch, key, p=p: p.loss(bare(variables), batch, key), p.rule)
             for p in objective.phases
         ),
-        refresh=objective.refresh and (lambda variables, batches: objective.refresh(bare(variables), batches)),
     )
 
 

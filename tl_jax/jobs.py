@@ -89,6 +89,8 @@ def run_export(flags: Flags, assignments: Sequence[str]) -> None:
         )
     _refuse_assignments(assignments, 'export')
     if flags['origin'] == 'peft':
+        if 'merge' in flags:
+            raise UserError('--merge: adapters for peft stay apart; leave it out, or name another --origin')
         names = export_adapters(workdir, Path(flags['output']))
     else:
         module, variables = network(workdir, merge=flags.get('merge', ''))
@@ -106,6 +108,8 @@ def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
         return
     if not hasattr(module, 'sweep'):
         raise UserError(f'--config: {flags["config"]} defines no sweep(), which yields (variant, overrides)')
+    if 'workers' in flags:
+        raise UserError('--workers: is for a search over space(); the variants of a sweep() run one after the other')
     variants = list(module.sweep(arg) if arg else module.sweep())
     started = time.perf_counter()
     for number, (variant, overrides) in enumerate(variants):
@@ -137,7 +141,8 @@ def run_merge(flags: Flags, assignments: Sequence[str]) -> None:
     config = config_lib.resolve(_config({'workdir': str(folders[0])}, assignments))
     start = Path(flags['start']) if 'start' in flags else None
     summary = merge_runs(config, folders, start, flags['method'], workdir)
-    say((workdir / 'candidates.csv').read_text())
+    if jax.process_index() == 0:
+        say((workdir / 'candidates.csv').read_text())
     figures = '  '.join(f'{k} {v:.4f}' for k, v in summary['metrics'].items())
     say(f'{summary["merge"]["method"]}, chosen by {summary["select_by"]}: {figures}')
 

@@ -57,13 +57,16 @@ def lr_range(
     """
     if not 0 < low < high:
         raise UserError(f'--range: must be two rates, the lower one first, such as 1e-6,1; not {low:g},{high:g}')
-    experiment = build({**config, 'ema': 0.0})
+    experiment = build({**config, 'ema': 0.0, 'ema_from': 0.0})
     stage = experiment.stages[0]
     if stage.objective.refresh:
         raise UserError(
             'config.objective: passes over whole data sets between steps, which a range test leaves out; choose a rate '
             'for another objective'
         )
+    experiment.partition(
+        0, experiment.shapes(0)['params']
+    )  # whatever is wrong with the rules is said by what builds them
     rules = ranged(experiment.rules(0), low, high)
     experiment = experiment._replace(stages=[stage._replace(rules=rules, steps=steps)])
     rates = np.array([low * (high / low) ** (step / steps) for step in range(steps)])
@@ -81,7 +84,10 @@ def ranged(rules: Sequence[tuple[str, Any]], low: float, high: float) -> list[tu
         lr = spec['lr']
         return lr['peak'] if isinstance(lr, Mapping) else lr
 
-    highest = max(base(spec) for _, spec in rules if spec is not None)
+    bases = [base(spec) for _, spec in rules if spec is not None]
+    if min(bases) <= 0:
+        raise UserError('config.stages[0].train: a range test keeps the ratios of the rates; give each one above 0')
+    highest = max(bases)
 
     def grown(spec):
         share = base(spec) / highest

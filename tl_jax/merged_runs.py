@@ -160,6 +160,9 @@ def parsed(method: str) -> tuple[str, dict[str, Any]]:
             raise ValueError
     except (SyntaxError, ValueError, AttributeError):
         raise UserError(f"--method: {method!r} is no method; write one as in --method='ties(density=0.2)'") from None
+    empty = next((field for field, value in fields.items() if value in ([], ())), None)
+    if empty:
+        raise UserError(f'--method: the list of {empty} is empty; name what to try, as in {empty}=[0.3, 0.5]')
     if name not in METHODS:
         raise UserError(f"--method: there is no '{name}'; {nearest(name, METHODS)}")
     return name, fields
@@ -233,8 +236,9 @@ def _check_cards(cards: Mapping[str, Mapping[str, str]]) -> None:
     """Refuses runs whose networks are built otherwise, or name other classes, than the first one's."""
     about = {folder: json.loads(card.get('tl_jax', '{}')) for folder, card in cards.items()}
     first, *others = about
-    if not all(card.get('classification', True) for card in about.values()):
-        raise UserError(f'--files: {first} is no classification, whose figures merging chooses by')
+    other = next((folder for folder, card in about.items() if not card.get('classification', True)), None)
+    if other:
+        raise UserError(f'--files: {other} is no classification, whose figures merging chooses by')
     for other, field in itertools.product(others, ('model', 'class_names')):
         if about[other].get(field) != about[first].get(field):
             raise UserError(

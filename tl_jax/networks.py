@@ -98,10 +98,11 @@ def original_from(section: Mapping[str, Any], classes: int, dtype: Any, *, load:
             raise UserError('config.model.source: is none, so that there is no head of a source to keep; name one')
         unlike = ('source', 'ignore', 'fresh', 'head', 'peft', 'active')
         fields = {**{k: v for k, v in section.items() if k not in unlike}, 'num_classes': num_classes}
-        model = call(model_from, fields, 'config.model', classes=classes, dtype=dtype, load=False)
+        build = lambda **bits: call(model_from, fields | bits, 'config.model', classes=classes, dtype=dtype, load=False)
+        model, whole = build(), build(quantize=None)
 
         def init(key, inputs):
-            variables = model.init(key, inputs)
+            variables = whole.init(key, inputs)
             if not load:
                 return variables
             filled, account = pretrained.overlay(section['source'], variables, ignore=section.get('ignore', ()))

@@ -253,9 +253,10 @@ def create_schedule(spec: float | Mapping[str, Any], *, steps: int, where: str =
     if name not in SCHEDULES:
         raise UserError(f'{where}.name: unknown schedule {name!r}; {nearest(str(name), SCHEDULES)}')
     if 'span' in options:
-        begin, end = options.pop('span')
-        if not 0 <= begin < end <= 1:
-            raise UserError(f'{where}.span: must be two fractions, the smaller one first, not {[begin, end]}')
+        span = options.pop('span')
+        if not isinstance(span, list | tuple) or len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
+            raise UserError(f'{where}.span: must be two fractions, the smaller one first, not {span!r}')
+        begin, end = span
         whole = round(steps / (end - begin))
         inner = create_schedule({'name': name, **options}, steps=whole, where=where)
         return lambda count: inner(count + round(begin * whole))
@@ -281,6 +282,8 @@ def linear(*, peak: float, end: float = 0.0, steps: int) -> optax.Schedule:
 
 def exponential(*, peak: float, end: float, steps: int) -> optax.Schedule:
     """peak · (end / peak)^p, p the fraction that is done; `end` may be the higher one."""
+    if min(peak, end) <= 0:
+        raise UserError(f"a learning rate's exponential schedule: peak and end must be above 0, not {peak} and {end}")
     return lambda count: peak * (end / peak) ** (count / max(steps, 1))
 
 

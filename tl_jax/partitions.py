@@ -101,10 +101,12 @@ def check(train: Sequence[Any] | Mapping[str, Any], field: str) -> None:
 
 
 def history_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The sizes of gradients that stages have logged, `{rule: size}` of each."""
-    prefix = 'gradient/'
-    found = ({k.removeprefix(prefix): v for k, v in r.items() if k.startswith(prefix)} for r in records)
-    return [sizes for sizes in found if sizes]
+    """The sizes of gradients that stages have logged last, `{rule: size}` of each."""
+    prefix, found = 'gradient/', {}
+    for record in records:
+        sizes = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(prefix)}
+        found |= {record['stage']: sizes} if sizes else {}
+    return list(found.values())
 
 
 def follows_history(train: Sequence[Any] | Mapping[str, Any]) -> bool:

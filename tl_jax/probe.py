@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy.optimize
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from tl_jax import mesh as mesh_lib
@@ -30,6 +31,8 @@ from tl_jax.selection import selection_from
 from tl_jax.state import TrainState
 from tl_jax.step import layouts
 from tl_jax.train import initial_state
+
+LIMIT = 1  # L-BFGS-B's status where it ran out of iterations
 
 
 class Fit(NamedTuple):
@@ -126,7 +129,7 @@ def fit(
     )
     kernel, bias = found.x[: dim * num_classes].reshape(dim, num_classes), found.x[dim * num_classes :]
     loss = found.fun - penalty / 2 * np.sum(kernel**2)
-    return Fit(kernel, bias, float(loss), int(found.nit), found.nit < max_iterations)
+    return Fit(kernel, bias, float(loss), int(found.nit), found.status != LIMIT)
 
 
 def accuracy(fitted: Fit, features: Float[np.ndarray, 'examples dim'], label: Int[np.ndarray, ' examples']) -> float:
@@ -170,6 +173,10 @@ def probe(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     """
     began, about = time.perf_counter(), workdir_lib.environment()
     protocol = call(Protocol, config['probe'], 'config.probe')
+    if not (
+        protocol.low <= protocol.high and min(protocol.first_step, protocol.last_step, protocol.max_iterations) > 0
+    ):
+        raise UserError('config.probe: low must not be above high, and steps and max_iterations be above 0')
     config = as_probe(config)
     workdir_lib.holds_run(workdir, config)
     experiment = build(config)
@@ -214,9 +221,10 @@ def as_probe(config: Mapping[str, Any]) -> dict[str, Any]:
     train = section['train']
     if isinstance(train, Mapping) and 'spec' not in train and set(train) != {'train'}:
         raise UserError(f"config.data.train: a probe learns from one stream, 'train', not {', '.join(train)}")
-    stage = {'name': 'probe', 'epochs': 1, 'train': [['head/.*', {'name': 'sgd', 'lr': 0.0}]]}
-    changes = {'stages': [stage], 'objective': {'name': 'supervised'}, 'gradient': {'name': 'plain'}, 'ema': 0.0}
-    return {**config, **changes, 'cache_features': True}
+    # Two epochs: the features are computed for a stage that is sure to see every example.
+    stage = {'name': 'probe', 'epochs': 2, 'train': [['head/.*', {'name': 'sgd', 'lr': 0.0}]]}
+    changes = {'stages': [stage], 'objective': {'name': 'supervised'}, 'gradient': {'name': 'plain'}}
+    return {**config, **changes, 'ema': 0.0, 'ema_from': 0.0, 'cache_features': True}
 
 
 def fit_and_refit(run: Run, split: str | None, protocol: Protocol, log: Any) -> tuple[Fit, dict[str, Any]]:
@@ -230,7 +238,7 @@ def fit_and_refit(run: Run, split: str | None, protocol: Protocol, log: Any) -> 
         fitted = fit(*train, C=protocol.C, **options)
         log.write(1, 0, {'probe/log10_C': float(np.log10(protocol.C)), 'train/loss': fitted.loss})
         return fitted, {'C': protocol.C, 'tried': 1, **_figures(fitted, protocol)}
-    held_out = _collected(data.batches(split, data.eval[split]))
+    held_out = _collected(map(_of_all_processes, data.batches(split, data.eval[split])))
     fits: dict[float, Fit] = {}
 
     def score(exponent):
@@ -282,6 +290,14 @@ def _collected(batches: Any) -> tuple[np.ndarray, np.ndarray]:
     """Features [N, D] and labels [N] of all examples."""
     parts = [(b['features'][b['mask'] > 0], b['label'][b['mask'] > 0]) for b in batches]
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _of_all_processes(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The rows that the processes hold of a batch, together: each must choose the same penalty."""
+    if jax.process_count() == 1:
+        return batch
+    fields = {name: batch[name] for name in ('features', 'label', 'mask')}
+    return multihost_utils.process_allgather(fields, tiled=True)
 
 
 def _with_head(state: TrainState, fitted: Fit, mesh: jax.sharding.Mesh) -> TrainState:

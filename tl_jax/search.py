@@ -138,13 +138,15 @@ def open_study(
         study_name='search',
         load_if_exists=True,
         direction='maximize' if selection.sign > 0 else 'minimize',
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
     )
     before, here = study.user_attrs.get('about'), f'{selection}: {dict(sorted(proposed.items()))}'
     if before not in (None, here):
         raise UserError(f'{workdir}: holds a search of another space or metric; use another --workdir or delete it')
     study.set_user_attr('about', here)
+    # The sampler's state is not stored: with the same seed a search that goes on would propose its first trials again.
+    drawn = seed + len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=drawn, n_startup_trials=STARTUP, constant_liar=True)
     return study
 
 
@@ -228,6 +230,8 @@ def stop(worker: Worker) -> None:
         pid = left_running(worker.folder)
         if pid is not None:
             os.kill(pid, signal.SIGTERM)
+        while left_running(worker.folder) is not None:
+            time.sleep(0.1)
     elif worker.process.poll() is None:
         worker.process.terminate()
         worker.process.wait()

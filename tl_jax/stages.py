@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tl_jax.config import call
+from tl_jax.config import call, check_type
 from tl_jax.errors import UserError, nearest
 from tl_jax.optimizers import scaled
 
@@ -64,7 +64,9 @@ def _written_out(section: Mapping[str, Any], field: str, facts: Mapping[str, Any
         given = {unit: fields.pop(unit) for unit in UNITS if unit in fields}
         if len(given) != 1:
             raise UserError(f'{field}: give exactly one of {", ".join(UNITS)}; has {list(given) or "none"}')
-        asked['length'] = Length(*given.popitem(), field)
+        ((unit, count),) = given.items()
+        check_type(count, float, f'{field}.{unit}')
+        asked['length'] = Length(unit, count, field)
     stages = call(function, fields, field, **asked)
     return [{**stage, **shared, 'name': f'{name}: {stage["name"]}'} for stage in stages]
 

@@ -142,7 +142,8 @@ def train_stage(run: Run, state: TrainState, place: Place, asked_to_stop: thread
             if spent:
                 run.log.write(step, place.stage, spent)
                 progress.show(step, spent, keep=True)
-            measured = layout.partition.figures(state.opt_state) if last else {}
+            # Patience may end the stage at any evaluation.
+            measured = layout.partition.figures(state.opt_state) if last or evaluating else {}
             if measured:
                 run.log.write(step, place.stage, measured)
             score = None

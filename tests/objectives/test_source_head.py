@@ -127,6 +127,17 @@ def test_both_in_a_run(config, tmp_path):
     assert 'source_head' in state.params and trees.flatten(state.collections['reference'])
 
 
+@pytest.mark.parametrize('wrapper', ['lwf', 'co_tuning'])
+def test_the_source_head_of_a_base_in_few_bits_that_is_frozen(config, tmp_path, wrapper):
+    """Neither from codes nor, where the backbone runs once over each example, from features would its start be read."""
+    changed = config(**{wrapper: {'source_classes': 7}})
+    changed['data']['train'] = 'sklearn:digits/train[:40]'
+    changed['model']['quantize'] = {'name': 'int8'}
+    changed['stages'] = [{'epochs': 2, 'train': [('(head|source_head)/.*', {'name': 'adam', 'lr': 1e-3})]}]
+    state = train.train_and_evaluate(changed, tmp_path / 'run')
+    assert np.isfinite(trees.flatten(state.params)['source_head/kernel']).all()
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
