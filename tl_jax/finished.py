@@ -86,7 +86,7 @@ def network(workdir: Path, *, merge: str = '') -> tuple[Any, dict[str, Any]]:
             )
         variables['params'] = as_held(variables['params'], section['quantize'])
     adapters = adapters_from(section['peft'], type(module.backbone).__name__)
-    acting = {name: adapters[name] for name in section.get('active') or adapters}
+    acting = {name: adapters[name] for name in _active(section)}
     inputs = np.zeros((1, *about['input_shape']), about.get('input_dtype', 'float32'))
     return module, merged(Model(None, module.apply, None), acting, variables, inputs)
 
@@ -103,10 +103,17 @@ def export_adapters(workdir: Path, folder: Path) -> list[str]:
         raise UserError(f'{workdir}: has no adapters; export its network, with --origin=transformers say')
     if 'base' not in about:
         raise UserError(f'{workdir}: its adapters have no base that others could have: it began at random; use --merge')
-    acting = {name: section['peft'][name] for name in section.get('active') or section['peft']}
+    acting = {name: section['peft'][name] for name in _active(section)}
+    if not acting:
+        raise UserError(f'{workdir}: none of its adapters is active; export its base')
     own = [name for name in contents.tensors if not re.fullmatch(ON_FILE, name)]
     source = about['base']['source'].removeprefix('hf://')
     return save_peft(folder, acting, variables_of(path), own, _module(about).backbone, base=source)
+
+
+def _active(section: Mapping[str, Any]) -> list[str]:
+    """Names of the adapters that act: all unless said, and none of an empty list."""
+    return list(section['peft']) if section.get('active') is None else list(section['active'])
 
 
 def _module(about: Mapping[str, Any]) -> Any:

@@ -439,3 +439,36 @@ def test_generation_refuses_adapters_that_would_not_act():
     _, variables, _ = with_adapter('gpt2', 'houlsby')
     with pytest.raises(UserError, match='adapters of these variables would not act'):
         generate(module, variables, TOKENS, max_new_tokens=2)
+
+
+def test_vpt_of_more_than_ten_blocks():
+    """The last of them is the tenth by number, not by letter: prompts go in before the first and come off behind it."""
+    module = create_model('vit_tiny_patch16', num_classes=3, **{**IMAGE, 'depth': 10})
+    base = Model(lambda key, inputs: module.init(key, inputs, train=False), module.apply)
+    model = adapted(base, {'default': (ADAPTERS['vpt'](tokens=3, deep=False), r'backbone/block\d+')})
+    variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    plain = jax.eval_shape(lambda v: base.apply(v, IMAGES, train=False), {'params': variables['params']})
+    ours = jax.eval_shape(lambda v: model.apply(v, IMAGES, train=False), variables)
+    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in plain.items()}
+
+
+@pytest.mark.parametrize('method', ['ia3', 'ssf'])
+def test_factors_near_one_act_in_bfloat16(method):
+    class Lone(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(256, use_bias=False, dtype=jnp.bfloat16, name='layer')(x)
+
+    base = Model(lambda key, x: Lone().init(key, x), Lone().apply)
+    x = jax.random.normal(jax.random.key(1), (64, 8))
+    model = adapted(base, {'default': (ADAPTERS[method](), 'layer')})
+    variables = model.init(jax.random.key(0), x)
+    before = model.apply(variables, x)
+    own = variables['params']['adapters']['default']['layer']
+    own |= {name: jnp.full_like(leaf, 1.003) for name, leaf in own.items()}
+    after = model.apply(variables, x)
+    assert after.dtype == jnp.bfloat16
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    assert (after * before).sum() / (before * before).sum() == pytest.approx(
+        1.003, abs=1.5e-3
+    )  # of the sum; each is rounded

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from tl_jax import finished, pretrained
 from tl_jax.errors import UserError
 from tl_jax.jobs import run_eval, run_export
 from tl_jax.models import create_model
+from tl_jax.pretrained import based
 from tl_jax.train import train_and_evaluate
 from tl_jax.trees import flatten
 
@@ -224,3 +226,19 @@ def test_a_run_without_adapters_or_base_has_no_folder(tmp_path):
     train_and_evaluate(digits(dict(VIT, peft=LORA), RULES, 1), tmp_path / 'run')
     with pytest.raises(UserError, match='began at random; use --merge'):
         run_export({'workdir': str(tmp_path / 'run'), 'origin': 'peft', 'output': str(tmp_path / 'adapter')}, [])
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [dict(input_dtype='O'), dict(input_dtype='nothing'), dict(input_shape=[-1, 8, 3]), dict(input_shape=[2**70, 8, 3])],
+    ids=str,
+)
+def test_card_of_no_network(changes):
+    whole = dict(model=VIT, class_names=['a', 'b'], input_shape=[8, 8, 1])
+    with pytest.raises(UserError, match='run: does not say which network it is of'):
+        based._network({**whole, **changes}, Path('run'))
+
+
+@pytest.mark.parametrize(('active', 'acting'), [(None, ['one', 'two']), ([], []), (['two'], ['two'])])
+def test_adapters_that_act_are_those_of_the_run(active, acting):
+    assert finished._active({'peft': {'one': LORA, 'two': LORA}, 'active': active}) == acting

@@ -108,6 +108,21 @@ def test_gradient_keeps_codes_not_kernels():
     assert kept['codes'] < 0.5 * kept['kernels']
 
 
+def test_method_of_merged_weights_acts():
+    """FourierFT runs the network on its own kernels, which must not be made from the codes again."""
+    plain, _, x = network()
+    adapters = adapters_from(dict(name='fourierft', frequencies=9, targets=r'backbone/dense[12]'), 'ConvNet')
+    whole = adapted(plain, adapters)
+    small = quantized(whole, name='nf4', dtype=jnp.float32)
+    variables = small.init(jax.random.key(0), x)
+    start = small.apply(variables, x, train=False)['logits']
+    variables['params']['adapters'] = jax.tree.map(lambda leaf: leaf + 0.3, variables['params']['adapters'])
+    alike = {**variables, 'params': restored(variables['params'])}
+    ours, expected = (m.apply(v, x, train=False)['logits'] for m, v in ((small, variables), (whole, alike)))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(ours - start).max() > 1e-2 * np.abs(start).max()
+
+
 def test_refused():
     plain, adapters, x = network()
     small = quantized(adapted(plain, adapters), name='int8', dtype=jnp.float32)

@@ -17,7 +17,7 @@ from flax import linen as nn
 from tl_jax import trees
 from tl_jax.errors import UserError
 from tl_jax.objectives.base import Model
-from tl_jax.peft.quantized import holds_codes
+from tl_jax.peft.quantized import holds_codes, kept_whole
 from tl_jax.trees import nearest_paths
 
 ROLE = 'adapters'
@@ -115,13 +115,39 @@ class Adapter(NamedTuple):
     suits: str = ''
 
 
-def sites_of(model: Model, variables: Any, inputs: Any, adapter: Adapter, targets: str, field: str) -> tuple[Site, ...]:
-    """Finds the modules that a rule names, by their calls; nothing is computed.
+def modules_of(model: Model, variables: Any, inputs: Any) -> tuple[Site, ...]:
+    """Every module of the network that is called, in the order of the calls; nothing is computed."""
+    called: dict[str, tuple[Any, Any]] = {}
+    modules: dict[str, nn.Module] = {}
+
+    def record(run, args, kwargs, context):
+        if context.method_name != '__call__' or not context.module.path:
+            return run(*args, **kwargs)
+        path = '/'.join(context.module.path)
+        modules.setdefault(path, context.module)
+        outputs = run(*args, **kwargs)
+        called.setdefault(path, (args[0] if args else None, outputs))
+        return outputs
+
+    def shapes(variables, inputs):
+        with nn.intercept_methods(record):
+            model.apply(variables, inputs, train=False)
+        # No dict: JAX would sort it, block10 ahead of block2.
+        return [called[path] for path in modules]
+
+    shapes_of, sites = jax.eval_shape(shapes, variables, inputs), []
+    for place, (path, module) in enumerate(modules.items()):
+        leaves = {name: _shape(leaf) for name, leaf in own_leaves(variables['params'], path).items()}
+        kind = _kind(leaves, *shapes_of[place])
+        sites.append(Site(path, kind, *map(_shape, shapes_of[place]), leaves, place, len(modules), module))
+    return tuple(sites)
+
+
+def sites_of(modules: Sequence[Site], adapter: Adapter, targets: str, field: str) -> tuple[Site, ...]:
+    """The modules that a rule names.
 
     Args:
-      model: the network.
-      variables: of it.
-      inputs: of it, one batch.
+      modules: of the network.
       adapter: that is to enter.
       targets: regex of module paths (`re.fullmatch`).
       field: of the rule in the config, for error messages.
@@ -129,40 +155,21 @@ def sites_of(model: Model, variables: Any, inputs: Any, adapter: Adapter, target
     Raises:
       UserError: the rule matches no module, or one of a kind that the adapter cannot change.
     """
-    called: dict[str, tuple[Any, Any]] = {}
-    modules: dict[str, nn.Module] = {}
-
-    def record(run, args, kwargs, context):
-        outputs = run(*args, **kwargs)
-        if context.method_name == '__call__' and context.module.path:
-            path = '/'.join(context.module.path)
-            called.setdefault(path, (args[0] if args else None, outputs))
-            modules.setdefault(path, context.module)
-        return outputs
-
-    def shapes(variables, inputs):
-        with nn.intercept_methods(record):
-            model.apply(variables, inputs, train=False)
-        return called
-
-    called = jax.eval_shape(shapes, variables, inputs)
-    kinds = {path: _kind(own_leaves(variables['params'], path), *called[path]) for path in called}
-    found = [path for path in called if re.fullmatch(targets, path)]
-    found = [path for path in found if kinds[path] in adapter.kinds or not adapter.by_kind]
+    found = [module for module in modules if re.fullmatch(targets, module.path)]
+    found = [module for module in found if module.kind in adapter.kinds or not adapter.by_kind]
     if not found:
         fit = f'it suits {adapter.suits}; ' if adapter.suits else ''
-        raise UserError(f"{field}: the rule '{targets}' names no module; {fit}{nearest_paths(targets, list(called))}")
-    sites = []
-    for place, path in enumerate(found):
-        weights, kind = own_leaves(variables['params'], path), kinds[path]
-        if kind not in adapter.kinds:
-            raise UserError(
-                f"{field}: '{path}' is a {kind}, and this adapter changes {' and '.join(adapter.kinds)}; narrow the rule"
-            )
-        leaves = {name: _shape(leaf) for name, leaf in weights.items()}
-        module = modules[path].clone(parent=None)
-        sites.append(Site(path, kind, *map(_shape, called[path]), leaves, place, len(found), module))
-    return tuple(sites)
+        near = nearest_paths(targets, [module.path for module in modules])
+        raise UserError(f"{field}: the rule '{targets}' names no module; {fit}{near}")
+    other = next((module for module in found if module.kind not in adapter.kinds), None)
+    if other is not None:
+        raise UserError(
+            f"{field}: '{other.path}' is a {other.kind}, and this adapter changes {' and '.join(adapter.kinds)}; narrow the rule"
+        )
+    return tuple(
+        site._replace(place=place, places=len(found), module=site.module.clone(parent=None))
+        for place, site in enumerate(found)
+    )
 
 
 def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active: Sequence[str] | None = None) -> Model:
@@ -182,9 +189,10 @@ def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active
     def init(key, inputs):
         variables = dict(model.init(key, inputs))
         params, constants = dict(variables['params']), {}
+        modules = modules_of(model, variables, inputs)
         for number, (name, (adapter, targets)) in enumerate(adapters.items()):
             mine, own_key = {}, jax.random.fold_in(key, number + 1)
-            sites = sites_of(model, variables, inputs, adapter, targets, f'{field}.{name}')
+            sites = sites_of(modules, adapter, targets, f'{field}.{name}')
             for site in sites:
                 drawn = jax.random.fold_in(own_key, site.place)
                 mine[site.path] = adapter.init(drawn, site, own_leaves(params, site.path))
@@ -204,14 +212,16 @@ def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active
         network, moved = without(variables), []
         entering: dict[str, list] = {}
         surrounding = []
+        # The modules again, by shape: a pure function cannot remember what `init` found.
+        modules = modules_of(model, network, inputs) if active else ()
         for name in active:
             adapter, targets = adapters[name]
-            # The sites again, by shape: a pure function cannot remember what `init` found.
-            sites = sites_of(model, network, inputs, adapter, targets, f'{field}.{name}')
+            sites = sites_of(modules, adapter, targets, f'{field}.{name}')
             mine = {site.path: parts_of(variables, name, site.path) for site in sites}
             mine = adapter.prepare(mine) if adapter.prepare else mine
             if adapter.call is None and adapter.merge is not None:
                 network = {**network, 'params': _merged(network['params'], adapter.merge, sites, mine)}
+                network = kept_whole(network, [site.path for site in sites])
             elif adapter.call is not None:
                 for site in sites:
                     entering.setdefault(site.path, []).append((adapter, site, mine[site.path]))
@@ -250,11 +260,12 @@ def merged(model: Model, adapters: Mapping[str, tuple[Adapter, str]], variables:
             'config.model.quantize: the base is held in few bits, and merging would make it whole again; ask for that by '
             'restoring it first'
         )
+    modules = modules_of(model, network, inputs)
     for name, (adapter, targets) in adapters.items():
         field = f'config.model.peft.{name}'
         if adapter.merge is None or adapter.around is not None:
             raise UserError(f'{field}: acts on activations, which no weights can hold; it cannot be merged')
-        sites = sites_of(model, network, inputs, adapter, targets, field)
+        sites = sites_of(modules, adapter, targets, field)
         _refuse_reparametrised(adapter, sites, field)
         mine = {site.path: parts_of(variables, name, site.path) for site in sites}
         network = {**network, 'params': _merged(network['params'], adapter.merge, sites, mine)}
@@ -276,11 +287,12 @@ def unmerged(
     Raises:
       UserError: an adapter cannot be taken out again.
     """
+    modules = modules_of(model, network, inputs)
     for name, (adapter, targets) in reversed(adapters.items()):
         field = f'config.model.peft.{name}'
         if adapter.unmerge is None:
             raise UserError(f'{field}: cannot be taken out of merged weights again; keep the weights from before')
-        sites = sites_of(model, network, inputs, adapter, targets, field)
+        sites = sites_of(modules, adapter, targets, field)
         mine = {site.path: parts_of(variables, name, site.path) for site in sites}
         network = {**network, 'params': _merged(network['params'], adapter.unmerge, sites, mine)}
     return network

@@ -7,6 +7,7 @@ A leaf `kernel` [..., columns] becomes
 Codes keep the leaf's axes, so that a sharding rule fits both. Nothing else is stored: `restored` needs the leaves alone.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -102,6 +103,13 @@ def forgetful(model: Model, *, dtype: Any) -> Model:
             return model.apply(variables, inputs, **options)
 
     return model._replace(apply=apply)
+
+
+def kept_whole(variables: trees.Tree, modules: Sequence[str]) -> dict[str, Any]:
+    """The variables by which `forgetful` runs these modules on their leaves as given, which an adapter has changed."""
+    small = trees.flatten(variables.get(HELD, {}))
+    left = {path: leaf for path, leaf in small.items() if path.rpartition('/')[0] not in modules}
+    return {**variables, HELD: trees.unflatten(left)} if small else dict(variables)
 
 
 def _layers_in_codes(params: trees.Tree) -> dict[str, dict[str, Array]]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from tl_jax.errors import UserError
 from tl_jax.peft.base import Adapter, Call, Parts, Site, contracted
@@ -31,8 +32,8 @@ def ia3(*, hidden: str = HIDDEN, targets: str | None = None) -> Adapter:
         return Parts({'ia3': jnp.ones(site.inputs.shape[-1:] if is_hidden(site) else features_of(site))})
 
     def call(parts: Parts, call: Call, site: Site):
-        factor = parts.params['ia3'].astype(site.outputs.dtype)
-        return call.run(call.inputs * factor) if is_hidden(site) else call.run(call.inputs) * factor
+        factor = parts.params['ia3']
+        return call.run(_times(call.inputs, factor)) if is_hidden(site) else _times(call.run(call.inputs), factor)
 
     def scaled(factor, weights, site: Site):
         if is_hidden(site):
@@ -70,9 +71,7 @@ def ssf(*, spread: float = 0.0, shift: Literal['biased', 'all'] = 'biased', targ
 
     def call(parts: Parts, call: Call, site: Site):
         scale, shift = (parts.params.get(name) for name in ('scale', 'shift'))
-        y = call.run(call.inputs)
-        y = y * scale.astype(y.dtype)
-        return y if shift is None else y + shift.astype(y.dtype)
+        return _times(call.run(call.inputs), scale, 0 if shift is None else shift)
 
     def merge(parts: Parts, weights, site: Site):
         _check_mergeable(parts, site)
@@ -92,6 +91,11 @@ def ssf(*, spread: float = 0.0, shift: Literal['biased', 'all'] = 'biased', targ
     return Adapter(
         init, call, merge, unmerge, kinds=kinds, by_kind=targets is None, targets=everywhere, identity=not spread
     )
+
+
+def _times(x: Array, factor: Array, shift: Array | float = 0) -> Array:
+    """x · factor + shift in x's dtype; the factor keeps its own, as in bfloat16 1.003 is 1."""
+    return (x * factor + shift).astype(x.dtype)
 
 
 def features_of(site: Site) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 
 from tl_jax import models
 from tl_jax.errors import UserError
@@ -126,11 +127,12 @@ def _network(card: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
         section, classes = card['model'], len(card['class_names'])
         fields = {name: value for name, value in section.items() if name not in LOADING}
         width = classes if section.get('num_classes') is None else section['num_classes']
-        inputs = np.zeros((1, *card['input_shape']), card.get('input_dtype', 'float32'))
+        inputs = jax.ShapeDtypeStruct((1, *card['input_shape']), np.dtype(card.get('input_dtype', 'float32')))
         module = models.create_model(**fields, num_classes=width or None)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        init = lambda key, inputs: dict(module.init(key, inputs, train=False))
+        shapes = jax.eval_shape(init, jax.random.key(0), inputs)
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, FlaxError) as error:
         raise UserError(f'{path}: does not say which network it is of ({error!r:.120}); fetch it again') from None
-    shapes = jax.eval_shape(lambda key: dict(module.init(key, inputs, train=False)), jax.random.key(0))
     return shapes, module.backbone
 
 
