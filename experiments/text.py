@@ -1,7 +1,6 @@
 """The encoder pretrained here at five text tasks: from scratch, probed, tuned whole and by thin adapters.
 
-No figures are published for this encoder; the claims are what pretraining is for. Beside them stand the papers' ratios: BitFit and
-LoRA near full tuning at a fraction of the parameters.
+No figures are published for this encoder; the claims are what pretraining is for.
 """
 
 from experiments.table import Cell

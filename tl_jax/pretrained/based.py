@@ -127,7 +127,10 @@ def _network(card: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
         section, classes = card['model'], len(card['class_names'])
         fields = {name: value for name, value in section.items() if name not in LOADING}
         width = classes if section.get('num_classes') is None else section['num_classes']
-        inputs = jax.ShapeDtypeStruct((1, *card['input_shape']), np.dtype(card.get('input_dtype', 'float32')))
+        shape, dtype = card['input_shape'], np.dtype(card.get('input_dtype', 'float32'))
+        if min(shape) < 1 or dtype.kind not in 'fiu':
+            raise ValueError(f'an input of {shape}, {dtype}')
+        inputs = jax.ShapeDtypeStruct((1, *shape), dtype)
         module = models.create_model(**fields, num_classes=width or None)
         init = lambda key, inputs: dict(module.init(key, inputs, train=False))
         shapes = jax.eval_shape(init, jax.random.key(0), inputs)
