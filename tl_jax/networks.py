@@ -55,11 +55,10 @@ def model_from(
 
     def init(key, inputs):
         variables = start(key, inputs)
-        return (
-            pretrained.fill_model(variables=variables, backbone=module.backbone, **loading)
-            if loading and load
-            else variables
-        )
+        if not (loading and load):
+            return variables
+        peft_files.refuse_adapters(source)
+        return pretrained.fill_model(variables=variables, backbone=module.backbone, **loading)
 
     def classify(variables, features, *, train=False, rngs=None):
         return module.apply(variables, features, train, rngs=rngs, method='classify')
@@ -72,8 +71,6 @@ def model_from(
         model = peft_files.model_with(plain, peft, module.backbone, active=active, loading=loading, load=load)
     elif active:
         raise UserError('config.model.active: there is no adapter; add model.peft=dict(name=…)')
-    elif loading and load:
-        peft_files.refuse_adapters(source)
     return call(quantized, quantize, 'config.model.quantize', model, dtype=dtype) if quantize else model
 
 

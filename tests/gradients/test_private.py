@@ -14,7 +14,7 @@ from tl_jax import trees
 from tl_jax.errors import UserError
 from tl_jax.gradients.private import add_noise, calibrated_noise, clipped_sum, epsilon_of, private
 from tl_jax.networks import model_from
-from tl_jax.objectives import supervised
+from tl_jax.objectives import supervised, without_endpoints
 from tl_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ FACTS = dict(sample_rate=0.02, num_examples=600, batch_size=12, steps=100)
 def setting(**fields):
     fields = {'name': 'convnet', 'widths': [4], 'dense': [6], **fields}
     model = model_from(**fields, classes=3, dtype=jnp.float32, load=False)
-    objective = supervised(model, num_classes=3)
+    objective = without_endpoints(supervised(model, num_classes=3))
     rng = np.random.default_rng(0)
     image = rng.normal(size=(12, 6, 6, 1)).astype(np.float32) * rng.exponential(size=(12, 1, 1, 1)).astype(np.float32)
     mask = (rng.random(12) < 0.7).astype(np.float32)

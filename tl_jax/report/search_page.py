@@ -11,13 +11,12 @@ from tl_jax.report import plots
 from tl_jax.report.markup import caption, escape, legend, section, table, write_text
 from tl_jax.report.page import document
 from tl_jax.selection import direction
-from tl_jax.workdir import read_json
 
 
 def write_search_report(workdir: str | Path) -> Path:
     """Writes the page of a search and its table of trials, the best first; returns the page's path."""
     workdir = Path(workdir).resolve()
-    found = read_json(workdir / 'trials.json')
+    found = json.loads((workdir / 'trials.json').read_text())
     name, trials = found['select_by'], found['trials']
     finished = [trial for trial in trials if trial['state'] == 'complete']
     ranked = sorted(finished, key=lambda t: -direction(name) * t['value'])
