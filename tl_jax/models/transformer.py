@@ -137,13 +137,13 @@ def attend(
         scores += bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    if jax.default_backend() == 'cpu':
+    if jax.default_backend() == 'cpu' and jnp.dtype(dtype) == jnp.float32:
         # The softmax's denominator after the product: there are `keys / dim` times fewer numbers to divide.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
         y = jnp.matmul(drop(weights).astype(dtype), value, preferred_element_type=jnp.float32)
         y /= jnp.sum(weights, -1, keepdims=True)
     else:
-        y = jnp.matmul(drop(nn.softmax(scores)).astype(dtype), value, preferred_element_type=dtype)
+        y = jnp.matmul(drop(nn.softmax(scores)).astype(dtype), value, preferred_element_type=outer_dtype(dtype))
     return y.transpose(0, 2, 1, 3)
 
 
