@@ -6,7 +6,7 @@
 
 Besides the methods of `tl_jax.peft.ADAPTERS`: `lora_plus` (two learning rates), `qlora` and `lora_int8` (the encoder in four
 and eight bits). `digits` has those that change convolutions; `vpt` needs a vision transformer, of which no weights are at
-hand, so a small one learns MNIST first, then 500 digits of USPS. Rates are of one trial, not tuned. Texts, MNIST and USPS are
+hand, so a small one learns MNIST first, then 500 digits of USPS. Rates are guesses, not tuned. Texts, MNIST and USPS are
 read from ../shared/data; the other digits and both networks come with the project.
 """
 
