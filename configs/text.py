@@ -8,7 +8,7 @@ on), MR (the same, sentences), SUBJ (is it opinion?), TREC (what does a question
 Matthews' correlation, `mcc`). A tenth of the training texts, or the set's own validation file, chooses the checkpoint; SST-2
 and CoLA are judged on GLUE's development set, whose test labels are not public, MR and SUBJ on a fifth held out by the
 copy at hand, TREC on its test set; which parts of their texts the encoder has seen, its card says. `scratch` has
-the same network and words without what it learnt. The rates are those of one trial. Reads ../shared/data/text.tar.xz.
+the same network and words without what it learnt. The rates are guesses, not tuned. Reads ../shared/data/text.tar.xz.
 """
 
 from collections.abc import Iterator
