@@ -18,7 +18,7 @@ from tl_jax.errors import UserError, nearest
 from tl_jax.experiment_data import Data, data_from
 from tl_jax.gradients import GRADIENTS, Gradient
 from tl_jax.networks import layer_order, model_from, original_from
-from tl_jax.objectives import Model, Objective, phases_of
+from tl_jax.objectives import Model, Objective, phases_of, started
 from tl_jax.optimizers import Partition, create_partition
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -89,11 +89,6 @@ class Experiment(NamedTuple):
         return jax.eval_shape(
             lambda key, batch: started(objective, objective.init(key, batch)), jax.random.key(0), self.batch
         )
-
-
-def started(objective: Objective, variables: Any) -> Any:
-    """The variables with what the objective copies from loaded or trained ones."""
-    return objective.start(variables) if objective.start else variables
 
 
 def inherited(fresh: Any, before: Any, field: str) -> Any:

@@ -27,7 +27,7 @@ from tl_jax.data.streams import Loader
 from tl_jax.errors import UserError
 from tl_jax.experiment import create_objective
 from tl_jax.networks import model_from
-from tl_jax.objectives import Model, Objective, Phase, inputs_of, phases_of
+from tl_jax.objectives import Model, Objective, inputs_of, phases_of, with_loss
 from tl_jax.peft.base import ROLE as ADAPTERS
 from tl_jax.progress import say
 from tl_jax.run import Run
@@ -135,15 +135,8 @@ def on_features(experiment: Any, number: int) -> Objective:
         load_others=False,
         around=features_alone,
     )
-    bare = without_backbone
-    return objective._replace(
-        loss=lambda variables, batch, key: objective.loss(bare(variables), batch, key),
-        predict=lambda variables, batch: objective.predict(bare(variables), batch),
-        phases=tuple(
-            Phase(p.name, lambda variables, batch, key, p=p: p.loss(bare(variables), batch, key), p.rule)
-            for p in objective.phases
-        ),
-    )
+    bare = lambda function: lambda variables, *arguments: function(without_backbone(variables), *arguments)
+    return with_loss(objective, bare)._replace(predict=bare(objective.predict))
 
 
 def features_alone(model: Model) -> Model:

@@ -47,7 +47,7 @@ def trained(workdir: Path) -> Trained:
     Raises:
       UserError: the run has not finished, or its file does not say what it holds.
     """
-    path, _, about = _opened(workdir)
+    path, _, about = opened(workdir)
     if not about.get('classification', True):
         raise UserError(
             f'{workdir}: its objective gives other figures than a classification; they stand in {workdir}/summary.json'
@@ -71,7 +71,7 @@ def network(workdir: Path, *, merge: str = '') -> tuple[Any, dict[str, Any]]:
       merge: whether to merge its adapters, if it has any, into the network's weights; 'restored' says so of a base that was
         held in few bits, which is merged as it was restored from them.
     """
-    path, _, about = _opened(workdir)
+    path, _, about = opened(workdir)
     module, section = _module(about), about['model']
     variables = variables_of(path)
     if not section.get('peft'):
@@ -97,7 +97,7 @@ def export_adapters(workdir: Path, folder: Path) -> list[str]:
     Raises:
       UserError: as `trained`; the run has no adapters or no base, or `peft` has no such adapters.
     """
-    path, contents, about = _opened(workdir)
+    path, contents, about = opened(workdir)
     section = about['model']
     if not section.get('peft'):
         raise UserError(f'{workdir}: has no adapters; export its network, with --origin=transformers say')
@@ -128,7 +128,7 @@ def variables_of(path: Path) -> dict[str, Any]:
     return trees.unflatten({name: np.asarray(tensor.array()) for name, tensor in tensors.items()})
 
 
-def _opened(workdir: Path) -> tuple[Path, pretrained.Contents, dict[str, Any]]:
+def opened(workdir: Path) -> tuple[Path, pretrained.Contents, dict[str, Any]]:
     """A run's `model.safetensors`: its path, its tensors, and what it says of itself."""
     path = workdir / 'model.safetensors'
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What the modes of `launch.py` do: train, eval, predict, sweep, export, and the dry run."""
+"""What each mode of `launch.py` does, from its flags to what it prints."""
 
 import csv
 import glob
@@ -63,7 +63,7 @@ def run_predict(flags: Flags, assignments: Sequence[str]) -> None:
     workdir = _workdir(flags)
     if 'files' not in flags:
         raise UserError("--files: name the images, such as --files='photos/*.jpg'")
-    paths = [p for item in flags['files'].split(',') for p in (sorted(glob.glob(item)) or [item])]
+    paths = _paths(flags['files'])
     folder = next((p for p in paths if Path(p).is_dir()), None)
     if folder:
         raise UserError(f"--files: {folder} is a folder; name the images in it, such as '{folder}/*.jpg'")
@@ -137,7 +137,7 @@ def run_merge(flags: Flags, assignments: Sequence[str]) -> None:
         raise UserError(
             "--method, --files: say how and what to merge, such as --method=greedy_soup --files='runs/*/seed0'"
         )
-    folders = folders_of(flags['files'])
+    folders = folders_of(_paths(flags['files']))
     config = config_lib.resolve(_config({'workdir': str(folders[0])}, assignments))
     start = Path(flags['start']) if 'start' in flags else None
     summary = merge_runs(config, folders, start, flags['method'], workdir)
@@ -165,11 +165,11 @@ def run_search(flags: Flags, assignments: Sequence[str]) -> None:
     if not hasattr(module, 'space'):
         raise UserError(f'--config: {flags["config"]} defines no space(), which gives {{field: dict(low=…, high=…)}}')
     space = dict(module.space(arg) if arg else module.space())
-    selection = search.checked(_config(flags, assignments), space)
+    config = _config(flags, assignments)
+    selection = search.checked(config, space)
     command = search.launched(flags['config'], assignments, Path(__file__).resolve().parent.parent / 'launch.py')
     counts = {name: _count(flags, name) for name in ('trials', 'workers') if name in flags}
-    seed = _config(flags, assignments).seed
-    trials = search.search(space, workdir, selection, command, seed=seed, **counts)
+    trials = search.search(space, workdir, selection, command, seed=config.seed, **counts)
     best = search.write_results(workdir, trials, selection, space)
     page = report.write_search_report(workdir)
     say((workdir / 'table.md').read_text())
@@ -213,6 +213,11 @@ def _count(flags: Flags, name: str) -> int:
     if not flags[name].isdecimal() or int(flags[name]) < 1:
         raise UserError(f'--{name}: must be a whole number above 0, not {flags[name]}')
     return int(flags[name])
+
+
+def _paths(files: str) -> list[str]:
+    """What a comma-separated list of patterns names; a pattern that finds nothing stays, for the reader to refuse."""
+    return [path for item in files.split(',') for path in (sorted(glob.glob(item)) or [item])]
 
 
 def _workdir(flags: Flags) -> Path:

@@ -12,7 +12,8 @@ from tl_jax import data as data_lib
 from tl_jax import mesh as mesh_lib
 from tl_jax.config import call
 from tl_jax.errors import UserError
-from tl_jax.experiment import Experiment, build, started
+from tl_jax.experiment import Experiment, build
+from tl_jax.objectives import started
 from tl_jax.state import TrainState, enter_stage, variables_of, with_variables
 from tl_jax.step import create_train_step, layouts
 from tl_jax.train import initial_state
@@ -64,9 +65,8 @@ def lr_range(
             'config.objective: passes over whole data sets between steps, which a range test leaves out; choose a rate '
             'for another objective'
         )
-    experiment.partition(
-        0, experiment.shapes(0)['params']
-    )  # whatever is wrong with the rules is said by what builds them
+    # Whatever is wrong with the rules is said by what builds them.
+    experiment.partition(0, experiment.shapes(0)['params'])
     rules = ranged(experiment.rules(0), low, high)
     experiment = experiment._replace(stages=[stage._replace(rules=rules, steps=steps)])
     rates = np.array([low * (high / low) ** (step / steps) for step in range(steps)])

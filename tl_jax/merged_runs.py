@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import glob
 import inspect
 import io
 import itertools
@@ -22,9 +21,9 @@ from tl_jax.config import call
 from tl_jax.errors import UserError, nearest
 from tl_jax.experiment import parameter_count
 from tl_jax.experiment_data import Data, data_from
-from tl_jax.finished import network
+from tl_jax.finished import network, opened
 from tl_jax.objectives import inputs_of
-from tl_jax.pretrained import read, save_variables
+from tl_jax.pretrained import save_variables
 from tl_jax.selection import Selection, selection_from
 
 # name -> function(start, tuned networks, **fields) -> network; those without `start` need none.
@@ -112,9 +111,10 @@ def merge_runs(
         raise UserError(f'--start: {name} has no use for it; leave it out')
     config = {**config, 'name': f'{config["name"] or folders[0]}, {name} of {len(folders)}'}
     workdir_lib.holds_run(workdir, config)
-    cards = {str(folder): card_of(folder) for folder in (*folders, *([start] if start else []))}
-    judge = judge_of(config, folders[0])
-    networks = {str(folder): network(folder)[1] for folder in folders}
+    cards = {str(folder): dict(opened(folder)[1].metadata) for folder in (*folders, *([start] if start else []))}
+    loaded = {str(folder): network(folder) for folder in folders}
+    networks = {folder: variables for folder, (_, variables) in loaded.items()}
+    judge = judge_of(config, loaded[str(folders[0])][0])
     beginning = network(start)[1] if start else None
     merging.check_alike({**networks, **({str(start): beginning} if start else {})})
     _check_cards(cards)
@@ -168,33 +168,23 @@ def parsed(method: str) -> tuple[str, dict[str, Any]]:
     return name, fields
 
 
-def folders_of(files: str) -> list[Path]:
-    """The run directories that a comma-separated list of patterns names."""
-    found = [Path(p) for item in files.split(',') for p in (sorted(glob.glob(item)) or [item])]
-    folders = [path.parent if path.name == 'model.safetensors' else path for path in found]
+def folders_of(paths: Sequence[str]) -> list[Path]:
+    """The run directories that paths name, either themselves or by the file that a finished run leaves."""
+    folders = [path.parent if path.name == 'model.safetensors' else path for path in map(Path, paths)]
     absent = next((f for f in folders if not (f / 'model.safetensors').exists()), None)
     if absent:
         raise UserError(f'--files: {absent} holds no model.safetensors; name finished runs')
     return list(dict.fromkeys(folders))
 
 
-def card_of(folder: Path) -> dict[str, str]:
-    """What a run's model.safetensors says of itself."""
-    path = folder / 'model.safetensors'
-    if not path.exists():
-        raise UserError(f'{path}: there is no such file; is {folder} a finished run?')
-    return dict(read(path).metadata)
-
-
-def judge_of(config: Mapping[str, Any], folder: Path) -> Judge:
-    """What measures networks like a run's, on the splits of a config."""
+def judge_of(config: Mapping[str, Any], module: Any) -> Judge:
+    """What measures networks of a module, on the splits of a config."""
     data = data_from(config)
     by = config['select_by'] if config['select_by'] != 'last' else next(iter(data.eval), None)
     if by is None:
         raise UserError(
             "config.data.eval: there is none to choose by; name a held-out split, as in --config.data.eval='npz:…/train[90%:]'"
         )
-    module, _ = network(folder)
 
     def predict(variables, batch):
         return module.apply(variables, inputs_of(batch), train=False)

@@ -1,6 +1,5 @@
 """From a section like `config.model` to a network as pure functions: weights, adapters and few bits included."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,9 +75,7 @@ def model_from(
 
 def layer_order(section: Mapping[str, Any]) -> tuple[str, ...]:
     """Regexes of the backbone's layers, from input to output, of a section like `config.model`."""
-    loading = inspect.signature(model_from).parameters.keys() - inspect.signature(module_from).parameters.keys()
-    fields = {name: value for name, value in section.items() if name not in loading}
-    return call(module_from, fields, 'config.model', classes=1).backbone.layer_order
+    return peft_files.backbone_of(section).layer_order
 
 
 def module_from(*, name: str, num_classes: int | None = None, classes: int, **overrides: Any) -> models.Classifier:

@@ -180,7 +180,7 @@ def values_of(params: Mapping[str, Any], space: Mapping[str, Any]) -> dict[str, 
 
 def start(trial: optuna.trial.Trial, workdir: Path, space: Mapping[str, Any], command: Command) -> Worker:
     """Starts or resumes a trial in its directory."""
-    folder = workdir / f'trial{trial.number:04d}'
+    folder = folder_of(workdir, trial)
     if left_running(folder) is not None:
         return Worker(trial, folder, None)
     values = values_of(trial.params, space)
@@ -260,7 +260,7 @@ def last_words(folder: Path) -> str:
     return lines[-1] if lines else 'nothing'
 
 
-def folder_of(workdir: Path, trial: FrozenTrial) -> Path:
+def folder_of(workdir: Path, trial: FrozenTrial | optuna.trial.Trial) -> Path:
     return workdir / f'trial{trial.number:04d}'
 
 

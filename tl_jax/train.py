@@ -18,10 +18,10 @@ from tl_jax import workdir as workdir_lib
 from tl_jax.checkpoint import Checkpoints, Place
 from tl_jax.config import call, resolve
 from tl_jax.evaluate import create_eval_step
-from tl_jax.experiment import Experiment, build, bytes_of, inherited, parameter_count, started
+from tl_jax.experiment import Experiment, build, bytes_of, inherited, parameter_count
 from tl_jax.features import with_features
 from tl_jax.guard import settle
-from tl_jax.objectives import Objective
+from tl_jax.objectives import Objective, started
 from tl_jax.optimizers import Partition
 from tl_jax.progress import Progress, say
 from tl_jax.run import Run, evaluate_splits, final_figures

@@ -9,6 +9,7 @@ from tl_jax import config as config_lib
 from tl_jax import experiment as experiment_lib
 from tl_jax import train
 from tl_jax.errors import UserError
+from tl_jax.objectives import started
 from tl_jax.objectives.bi_tuning import class_vectors, contrast, enqueued
 
 
@@ -58,7 +59,7 @@ def test_in_a_run(digits_config, tmp_path):
     config = digits_config(objective=section, model={'name': 'mlp', 'dense': [8], 'dense_norm': 'batch'})
     config['stages'][0]['steps'] = 2
     built = experiment_lib.build(config_lib.resolve(config))
-    before = experiment_lib.started(built.stages[0].objective, built.stages[0].init(jax.random.key(0), built.batch))
+    before = started(built.stages[0].objective, built.stages[0].init(jax.random.key(0), built.batch))
     state = train.train_and_evaluate(config, tmp_path / 'run')
     held = state.collections['bi_tuning']
     np.testing.assert_allclose(np.linalg.norm(held['queue']['features'], axis=-1), 1, rtol=1e-5)

@@ -11,7 +11,7 @@ from tl_jax import objectives, train, trees
 from tl_jax.errors import UserError
 from tl_jax.gradients import GRADIENTS
 from tl_jax.models import create_model
-from tl_jax.objectives import Model
+from tl_jax.objectives import Model, started
 from tl_jax.objectives.references import attention_weights, importance, map_distance
 from tl_jax.objectives.stochastic import mix, symmetric_divergence
 
@@ -41,7 +41,7 @@ def wrapped(model, batch, moved=0.3, **sections):
         wrapper = objectives.WRAPPERS[name]
         facts = {'model': model, 'num_classes': CLASSES, 'num_examples': {'train': 12}}
         objective = wrapper(objective, **fields, **experiment_lib._asked(wrapper, facts))
-    variables = experiment_lib.started(objective, objective.init(jax.random.key(0), batch))
+    variables = started(objective, objective.init(jax.random.key(0), batch))
     draw = np.random.RandomState(1)
     shift = lambda w: w + moved * draw.normal(size=w.shape).astype(np.float32)
     return objective, {**variables, 'params': jax.tree.map(shift, variables['params'])}

@@ -9,6 +9,7 @@ from tl_jax import config as config_lib
 from tl_jax import experiment as experiment_lib
 from tl_jax import train, trees
 from tl_jax.errors import UserError
+from tl_jax.objectives import started
 from tl_jax.objectives.source_head import relationship
 
 
@@ -38,7 +39,7 @@ def parts(config):
     """The experiment, and its variables away from the start."""
     built = experiment_lib.build(config_lib.resolve(config))
     objective = built.stages[0].objective
-    variables = experiment_lib.started(objective, built.stages[0].init(jax.random.key(0), built.batch))
+    variables = started(objective, built.stages[0].init(jax.random.key(0), built.batch))
     draw = np.random.RandomState(1)
     params = jax.tree.map(lambda w: w + 0.1 * draw.normal(size=w.shape).astype(np.float32), variables['params'])
     return built, objective, variables, {**variables, 'params': params}

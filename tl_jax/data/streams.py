@@ -48,11 +48,9 @@ class Stream(NamedTuple):
         rows = _rows(self.batch_size, process_index, process_count)
         places = step * self.batch_size + np.arange(rows.start, rows.stop)
         if self.rate is None:
-            batch = _collect(self.loader, self.order(places), places)
-            if not self.loader.source.buckets:
-                return batch
             together = self.order(step * self.batch_size + np.arange(self.batch_size))
-            return cropped(batch, width_of(self.loader.source, together))
+            batch = _collect(self.loader, together[rows], places)
+            return cropped(batch, width_of(self.loader.source, together)) if self.loader.source.buckets else batch
         drawn = orders.poisson(self.loader.source.length, self.rate, self.loader.seed, step)
         if len(drawn) > self.batch_size:
             raise UserError(

@@ -7,7 +7,17 @@ constructor whose keyword arguments are the fields of `config.objective`.
 from collections.abc import Callable, Mapping
 
 from tl_jax.objectives.adversarial import adda, cdan, dann
-from tl_jax.objectives.base import Aux, Model, Objective, Phase, inputs_of, phases_of, without_endpoints
+from tl_jax.objectives.base import (
+    Aux,
+    Model,
+    Objective,
+    Phase,
+    inputs_of,
+    phases_of,
+    started,
+    with_loss,
+    without_endpoints,
+)
 from tl_jax.objectives.bi_tuning import bi_tuning
 from tl_jax.objectives.contrastive import contrastive
 from tl_jax.objectives.discrepancy import mcd
@@ -36,7 +46,9 @@ __all__ = [
     'inputs_of',
     'mixed',
     'phases_of',
+    'started',
     'supervised',
+    'with_loss',
     'without_endpoints',
 ]
 

@@ -116,6 +116,21 @@ def label_of(stream: dict[str, Any]) -> Int[Array, 'batch']:
     return stream['label']
 
 
+def network_of(variables: Any) -> dict[str, Any]:
+    """What a network is applied with: its parameters and batch statistics, without what methods keep beside them."""
+    return {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+
+
+def started(objective: Objective, variables: Any) -> Any:
+    """The variables with what the objective copies from loaded or trained ones."""
+    return objective.start(variables) if objective.start else variables
+
+
+def refreshed(objective: Objective, variables: Any, batches: Callable) -> dict[str, Any]:
+    """The collections that the objective's pass over whole data sets gives; none where it makes none."""
+    return objective.refresh(variables, batches) if objective.refresh else {}
+
+
 def phases_of(objective: Objective) -> tuple[Phase, ...]:
     """The moves of a step: one that moves everything, unless the objective says otherwise."""
     return objective.phases or (Phase('train', objective.loss, '.*'),)

@@ -12,7 +12,7 @@ from tl_jax import trees
 from tl_jax.config import call
 from tl_jax.errors import UserError
 from tl_jax.models.heads import uniform
-from tl_jax.objectives.base import Model, Objective, inputs_of, label_of, unit
+from tl_jax.objectives.base import Model, Objective, inputs_of, label_of, network_of, started, unit
 from tl_jax.objectives.penalties import added, endpoint
 from tl_jax.objectives.perturb import random_view
 from tl_jax.objectives.teachers import teach
@@ -78,9 +78,9 @@ def bi_tuning(
         return {**variables, 'params': params, 'bi_tuning': {'queue': queue}}
 
     def start(variables):
-        variables = objective.start(variables) if objective.start else variables
-        kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
-        encoder = {name: {r: tree[r] for r in ('backbone', 'projector') if r in tree} for name, tree in kept.items()}
+        variables = started(objective, variables)
+        kept = network_of(variables).items()
+        encoder = {name: {r: tree[r] for r in ('backbone', 'projector') if r in tree} for name, tree in kept}
         queue = variables['bi_tuning']['queue']
         return {**variables, 'bi_tuning': {'queue': queue, 'encoder': jax.tree.map(jnp.copy, encoder)}}
 

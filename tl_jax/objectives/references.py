@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from tl_jax import trees
 from tl_jax.errors import UserError, nearest
-from tl_jax.objectives.base import Model, Objective, cross_entropy, inputs_of, label_of
+from tl_jax.objectives.base import Model, Objective, cross_entropy, inputs_of, label_of, network_of, refreshed, started
 from tl_jax.objectives.penalties import added, endpoint, half_square, select
 
 
@@ -24,7 +24,7 @@ def with_reference(objective: Objective, rule: str, field: str, *, statistics: b
     """The objective, whose start also copies the parameters that `rule` matches, and `batch_stats` where asked for."""
 
     def start(variables):
-        variables = objective.start(variables) if objective.start else variables
+        variables = started(objective, variables)
         kept = {'params': trees.unflatten(select(variables['params'], rule, field))}
         if statistics and 'batch_stats' in variables:
             kept['batch_stats'] = variables['batch_stats']
@@ -130,7 +130,7 @@ def delta(
         return value, {}
 
     def refresh(variables, batches):
-        moved = objective.refresh(variables, batches) if objective.refresh else {}
+        moved = refreshed(objective, variables, batches)
         sums = None
         for number, batch in enumerate(batches(stream)):
             if attention_batches and number >= attention_batches:
@@ -163,8 +163,7 @@ def map_shapes(model: Model, layers: Sequence[str], variables: Any, inputs: Any)
 
 def reference_of(variables: Any) -> dict[str, Any]:
     """The network with the parameters and statistics that it started with, where they were kept, and its present head."""
-    own = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
-    return trees.merge(own, variables['reference'])
+    return trees.merge(network_of(variables), variables['reference'])
 
 
 def map_distance(

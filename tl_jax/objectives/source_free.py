@@ -8,7 +8,7 @@ from jax import nn
 from jaxtyping import Array, Float, Int
 
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import Aux, Model, Objective, Phase, cross_entropy, forward, inputs_of
+from tl_jax.objectives.base import Aux, Model, Objective, Phase, cross_entropy, forward, inputs_of, network_of
 
 
 def shot(
@@ -78,7 +78,7 @@ def shot(
         return jnp.full(length, -1, jnp.int32).at[jnp.where(mask > 0, index, length)].set(label, mode='drop')
 
     def refresh(variables, batches):
-        seen = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+        seen = network_of(variables)
         return {'pseudo_labels': {stream: label_all([embed(seen, batch) for batch in batches(stream)])}}
 
     def predict(variables, batch):

@@ -10,7 +10,7 @@ from jax import nn
 from jaxtyping import Array, Float, Int
 
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import Model, Objective, inputs_of, label_of, recast
+from tl_jax.objectives.base import Model, Objective, inputs_of, label_of, network_of, recast, refreshed
 from tl_jax.objectives.penalties import added, endpoint
 from tl_jax.objectives.references import reference_of, with_reference
 
@@ -99,10 +99,10 @@ def co_tuning(
         return nn.softmax(logits.astype(jnp.float32) / temperature), label_of(batch), batch['mask']
 
     def refresh(variables, batches):
-        moved = objective.refresh(variables, batches) if objective.refresh else {}
+        moved = refreshed(objective, variables, batches)
         if np.any(variables['relationship']['source_given_target']):
             return moved
-        seen = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+        seen = network_of(variables)
         rows = [predict(seen, batch) for batch in batches(stream)]
         probabilities, labels, mask = (jnp.concatenate(column) for column in zip(*rows, strict=True))
         measured = relationship(probabilities, labels, mask, num_classes)

@@ -11,7 +11,17 @@ from jaxtyping import Array, Float
 from tl_jax import trees
 from tl_jax.config import call
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import Aux, Model, Objective, accuracy, cross_entropy, forward, inputs_of, label_of
+from tl_jax.objectives.base import (
+    Aux,
+    Model,
+    Objective,
+    accuracy,
+    cross_entropy,
+    forward,
+    inputs_of,
+    label_of,
+    network_of,
+)
 from tl_jax.objectives.perturb import random_view
 
 
@@ -80,7 +90,7 @@ def self_ensembling(
         return start(model.init(key, inputs_of(batch[source])))
 
     def start(variables):
-        kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+        kept = network_of(variables)
         return {**variables, 'teacher': jax.tree.map(jnp.copy, kept)}
 
     def loss(variables, batch, key):

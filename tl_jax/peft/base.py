@@ -266,7 +266,7 @@ def merged(model: Model, adapters: Mapping[str, tuple[Adapter, str]], variables:
         if adapter.merge is None or adapter.around is not None:
             raise UserError(f'{field}: acts on activations, which no weights can hold; it cannot be merged')
         sites = sites_of(modules, adapter, targets, field)
-        _refuse_reparametrised(adapter, sites, field)
+        _refuse_reparametrized(adapter, sites, field)
         mine = {site.path: parts_of(variables, name, site.path) for site in sites}
         network = {**network, 'params': _merged(network['params'], adapter.merge, sites, mine)}
     return network
@@ -322,9 +322,14 @@ def _merged(params: Any, merge: Callable, sites: Sequence[Site], mine: Mapping[s
     return trees.merge(params, *changed)
 
 
-def _refuse_reparametrised(adapter: Adapter, sites: Sequence[Site], field: str) -> None:
+def reparametrized(site: Site) -> bool:
+    """Whether a convolution does not use its kernel as it is stored, as BiT's."""
+    return getattr(site.module, 'reparametrize', None) is not None
+
+
+def _refuse_reparametrized(adapter: Adapter, sites: Sequence[Site], field: str) -> None:
     for site in sites:
-        if adapter.call is not None and getattr(site.module, 'reparametrize', None) is not None:
+        if adapter.call is not None and reparametrized(site):
             raise UserError(
                 f"{field}: '{site.path}' standardises its kernel, which cannot hold an adapter; do not merge"
             )

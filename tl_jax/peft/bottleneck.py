@@ -30,7 +30,7 @@ def houlsby(*, width: int = 64, activation: str = 'gelu', dropout: float = 0.0, 
       dropout: of what goes into it, in training.
       targets: regex of module paths.
     """
-    return _sequential(width, activation, dropout, targets or AFTER_ATTENTION_AND_MLP)
+    return _bottleneck(width, activation, dropout, targets or AFTER_ATTENTION_AND_MLP)
 
 
 def pfeiffer(*, width: int = 48, activation: str = 'relu', dropout: float = 0.0, targets: str | None = None) -> Adapter:
@@ -44,7 +44,7 @@ def pfeiffer(*, width: int = 48, activation: str = 'relu', dropout: float = 0.0,
       dropout: of what goes into it, in training.
       targets: regex of module paths.
     """
-    return _sequential(width, activation, dropout, targets or AFTER_MLP)
+    return _bottleneck(width, activation, dropout, targets or AFTER_MLP)
 
 
 def parallel(
@@ -66,53 +66,40 @@ def parallel(
       dropout: of what goes into it, in training.
       targets: regex of module paths.
     """
-    _check(width, activation, dropout)
+    adapter = _bottleneck(width, activation, dropout, targets or MLP, beside=True, scale=scale)
+    return adapter._replace(kinds=('module',), suits=f'{SUITS} whose MLP is a module')
+
+
+def _bottleneck(
+    width: int, activation: str, dropout: float, targets: str, *, beside: bool = False, scale: float = 1.0
+) -> Adapter:
+    """y ← y + scale · (σ(z W_down + b_down) W_up + b_up), z what the module reads where it stands beside it, else y."""
+    check_activation(activation, 'peft.activation')
+    if width < 1:
+        raise UserError(f'config.model.peft.width: a bottleneck has at least 1 unit, not {width}')
+    check_dropout(dropout)
 
     def init(key, site: Site, weights) -> Parts:
         del weights
-        return _start(key, site.inputs.shape[-1], width, site.outputs.shape[-1])
-
-    def call(parts: Parts, call: Call, site: Site):
-        del site
-        return call.run(call.inputs) + scale * _narrow(parts.params, call.drop(dropout, call.inputs), activation)
-
-    return Adapter(init, call, kinds=('module',), targets=targets or MLP, suits=f'{SUITS} whose MLP is a module')
-
-
-def _sequential(width: int, activation: str, dropout: float, targets: str) -> Adapter:
-    _check(width, activation, dropout)
-
-    def init(key, site: Site, weights) -> Parts:
-        del weights
-        return _start(key, site.outputs.shape[-1], width, site.outputs.shape[-1])
+        rows, columns = (site.inputs if beside else site.outputs).shape[-1], site.outputs.shape[-1]
+        return Parts(
+            {
+                'down': nn.initializers.he_uniform()(key, (rows, width), jnp.float32),
+                'down_bias': jnp.zeros(width),
+                'up': jnp.zeros((width, columns)),
+                'up_bias': jnp.zeros(columns),
+            }
+        )
 
     def call(parts: Parts, call: Call, site: Site):
         del site
         y = call.run(call.inputs)
-        return y + _narrow(parts.params, call.drop(dropout, y), activation)
+        return y + scale * _narrow(parts.params, call.drop(dropout, call.inputs if beside else y), activation)
 
     return Adapter(init, call, kinds=('module', 'dense'), targets=targets, suits=SUITS)
-
-
-def _start(key, rows: int, width: int, columns: int) -> Parts:
-    return Parts(
-        {
-            'down': nn.initializers.he_uniform()(key, (rows, width), jnp.float32),
-            'down_bias': jnp.zeros(width),
-            'up': jnp.zeros((width, columns)),
-            'up_bias': jnp.zeros(columns),
-        }
-    )
 
 
 def _narrow(params, x, activation: str):
     """σ(x W_down + b_down) W_up + b_up, in the dtype of x."""
     down, down_bias, up, up_bias = (params[name].astype(x.dtype) for name in ('down', 'down_bias', 'up', 'up_bias'))
     return ACTIVATIONS[activation](x @ down + down_bias) @ up + up_bias
-
-
-def _check(width: int, activation: str, dropout: float) -> None:
-    check_activation(activation, 'peft.activation')
-    if width < 1:
-        raise UserError(f'config.model.peft.width: a bottleneck has at least 1 unit, not {width}')
-    check_dropout(dropout)

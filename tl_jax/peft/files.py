@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from tl_jax import models, pretrained
+from tl_jax.config import call
 from tl_jax.errors import UserError
 from tl_jax.objectives.base import Model
 from tl_jax.peft import adapters_from
@@ -134,7 +135,7 @@ def stored(variables: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[di
     own = {path: leaf for path, leaf in flatten(whole).items() if not re.fullmatch(ON_FILE, path)}
     shapes = unflatten({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in own.items()})
     filled, _ = pretrained.overlay(
-        base.source, shapes, backbone=_backbone(section), ignore=base.ignore, fresh=_matching(fresh, own)
+        base.source, shapes, backbone=backbone_of(section), ignore=base.ignore, fresh=_matching(fresh, own)
     )
     if section.get('quantize'):
         filled['params'] = as_held(filled['params'], section['quantize'])
@@ -153,12 +154,13 @@ def as_held(params: Mapping[str, Any], quantize: Mapping[str, Any]) -> dict[str,
 def described(section: Mapping[str, Any]) -> dict[str, Any]:
     """`config.model` as a file says which network it holds: without its weights, folders of adapters by what they are."""
     fields = {name: value for name, value in section.items() if name not in ('source', 'ignore', 'fresh')}
-    return {**fields, 'peft': sections(fields['peft'], _backbone(section))[0]} if fields.get('peft') else fields
+    return {**fields, 'peft': sections(fields['peft'], backbone_of(section))[0]} if fields.get('peft') else fields
 
 
-def _backbone(section: Mapping[str, Any]) -> nn.Module:
+def backbone_of(section: Mapping[str, Any]) -> nn.Module:
+    """The backbone alone of a section like `config.model`, without weights, adapters or head."""
     fields = {name: value for name, value in section.items() if name not in (*pretrained.LOADING, 'head')}
-    return models.create_model(**fields).backbone
+    return call(models.create_model, fields, 'config.model').backbone
 
 
 def holds_adapters(source: str) -> bool:

@@ -161,8 +161,7 @@ def place_of(name_map: NameMap, module: str, folder: Path) -> Place:
     target = names.target(name_map, f'{module}.weight')
     if target is None or not target.paths:
         raise UserError(f'{folder}: its module {module!r:.120} is none of this network; is it the right model?')
-    sites = tuple(path.removeprefix('params/').rpartition('/')[0] for path in target.paths)
-    return Place(module, sites, _inputs_first(target))
+    return Place(module, _modules(target), _inputs_first(target))
 
 
 def place_at(name_map: NameMap, site: str) -> Place:
@@ -172,8 +171,12 @@ def place_at(name_map: NameMap, site: str) -> Place:
     )
     if not found:
         raise UserError(f"--origin=peft: {name_map.origin} has no module for '{site}'")
-    sites = tuple(path.removeprefix('params/').rpartition('/')[0] for path in found[1].paths)
-    return Place(found[0].removesuffix('.weight'), sites, _inputs_first(found[1]))
+    return Place(found[0].removesuffix('.weight'), _modules(found[1]), _inputs_first(found[1]))
+
+
+def _modules(target: names.Target) -> tuple[str, ...]:
+    """The modules of ours whose leaves a target names."""
+    return tuple(path.removeprefix('params/').rpartition('/')[0] for path in target.paths)
 
 
 def _inputs_first(target: names.Target) -> bool:
@@ -277,15 +280,14 @@ def _trained(
     trained: Sequence[str], flat: Mapping[str, Any], name_map: NameMap, targets: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The tensors of the network itself that go with its adapters: whole modules, and the biases of those adapted."""
-    own = [path for path in flat if not path.partition('/')[2].startswith(f'{ROLE}/')]
-    found = {path: names.foreign(name_map, path) for path in own}
+    found = _names_there(flat, name_map)
     homeless = [path for path in trained if not found[path]]
     if homeless:
         raise UserError(f'--origin=peft: {name_map.origin} has no place for {listed(homeless)}, which learned as well')
     learned = {found[path][0] for path in trained}
     modules = {tensor.rpartition('.')[0] for tensor in learned}
     tensors = {}
-    chosen = {path: flat[path] for path in own if found[path] and found[path][0].rpartition('.')[0] in modules}
+    chosen = {path: flat[path] for path, there in found.items() if there and there[0].rpartition('.')[0] in modules}
     for name, tensor in foreign_tensors(chosen, name_map).items():
         module, _, leaf = name.rpartition('.')
         if module not in targets:
@@ -301,11 +303,17 @@ def _trained(
 
 def _with_head(trained: Sequence[str], flat: Mapping[str, Any], name_map: NameMap, kind: str) -> list[str]:
     """The leaves of the head, all of which go with a prompt, where nothing but them learned beside it."""
-    own = {path: names.foreign(name_map, path) for path in flat if not path.partition('/')[2].startswith(f'{ROLE}/')}
-    head = [path for path, found in own.items() if found and found[0].startswith(('classifier.', 'score.'))]
+    named = _names_there(flat, name_map).items()
+    head = [path for path, there in named if there and there[0].startswith(('classifier.', 'score.'))]
     if others := set(trained) - set(head):
         raise UserError(f'--origin=peft: beside a {kind} goes the head alone, and {listed(others)} learned as well')
     return head
+
+
+def _names_there(flat: Mapping[str, Any], name_map: NameMap) -> dict[str, tuple[str, names.Target] | None]:
+    """`{leaf of the network: its tensor's name there and where that goes}`, adapters left out; None where it has none."""
+    own = (path for path in flat if not path.partition('/')[2].startswith(f'{ROLE}/'))
+    return {path: names.foreign(name_map, path) for path in own}
 
 
 def _sites(flat: Mapping[str, Any], name: str) -> dict[str, dict[str, np.ndarray]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
-from tl_jax.peft.base import Adapter, Call, Parts, Site, contracted
+from tl_jax.peft.base import Adapter, Call, Parts, Site, contracted, reparametrized
 
 LAYERS = ('dense', 'conv', 'embed')
 
@@ -44,18 +44,13 @@ def groups_of(site: Site) -> int:
     return site.inputs.shape[-1] // site.weights['kernel'].shape[-2] if site.kind == 'conv' else 1
 
 
-def standardised(site: Site) -> bool:
-    """Whether a convolution does not use its kernel as it is stored, as BiT's."""
-    return getattr(site.module, 'reparametrize', None) is not None
-
-
 def matrix_of(weights: dict[str, Any], site: Site) -> Float[Array, 'rows columns']:
     """The layer's matrix, in float32.
 
     Raises:
       UserError: the layer does not use it as it is stored.
     """
-    if standardised(site):
+    if reparametrized(site):
         raise UserError(
             f"config.model.peft: '{site.path}' standardises its kernel, which this method cannot start from; use lora"
         )
@@ -85,7 +80,7 @@ def project(x: Array, a: Float[Array, 'rows rank'], site: Site) -> Array:
 
 def convolved(x: Array, kernel: Array, site: Site) -> Array:
     """What a convolution of the layer's geometry gives with another kernel, without a bias."""
-    plain = {'reparametrize': None} if standardised(site) else {}
+    plain = {'reparametrize': None} if reparametrized(site) else {}
     layer = site.module.clone(features=kernel.shape[-1], use_bias=False, **plain)
     return layer.apply({'params': {'kernel': kernel}}, x)
 
