@@ -77,14 +77,15 @@ def test_conv_equals_linens_with_its_gradients(form, linens):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=str(fields))
 
 
-def test_conv_is_differentiable_twice_and_forward():
+@pytest.mark.parametrize('groups', [1, 3])
+def test_conv_is_differentiable_twice_and_forward(groups):
     """A Hessian-vector product, as influence functions and MAML take it, is the same in every form."""
     x = random(2, 5, 5, 3)
-    variables = {'params': {'kernel': random(3, 3, 3, 4)}}
+    variables = {'params': {'kernel': random(3, 3, 3 // groups, 6)}}
 
     def product(form):
         def loss(v):
-            return jnp.sum(Conv(4, 3, padding=1, form=form).apply(v, x) ** 3)
+            return jnp.sum(Conv(6, 3, padding=1, groups=groups, form=form).apply(v, x) ** 3)
 
         return jax.jit(lambda v: jax.jvp(jax.grad(loss), (v,), (v,)))(variables)[1]['params']['kernel']
 
@@ -115,7 +116,7 @@ def test_rule_keeps_patches_small():
     assert choose_forms((32, 2, 2, 512), (3, 3, 512, 512), window) == Forms('patches', 'patches', 'patches')
     assert 'patches' not in choose_forms((4096, 2, 2, 512), (3, 3, 512, 512), window)
     assert choose_forms((16, 56, 56, 64), (3, 3, 64, 64), window).output == 'xla'
-    assert choose_forms((16, 56, 56, 64), (3, 3, 1, 64), window._replace(groups=64)).output == 'taps'
+    assert choose_forms((16, 56, 56, 64), (3, 3, 1, 64), window._replace(groups=64)) == Forms('taps', 'taps', 'rows')
 
 
 def test_batch_norm_trains_as_torch_does():
