@@ -125,17 +125,18 @@ def chosen(bench: Bench, cell: Cell, seed: int) -> Choice:
         return Choice('', runs[''], {})
     scores = {label: score(bench, cell, run) for label, run in runs.items()}
     best = max(scores, key=scores.__getitem__)
-    return Choice(best, runs[best], scores)
+    run = trained(bench, cell, seed, best, refit=True) if cell.refit else runs[best]
+    return Choice(best, run, scores)
 
 
-def trained(bench: Bench, cell: Cell, seed: int, candidate: str) -> Path:
+def trained(bench: Bench, cell: Cell, seed: int, candidate: str, *, refit: bool = False) -> Path:
     """The directory of a finished run, trained or resumed if need be; first the cell that it comes after."""
     source = None
     if cell.after:
         base = record(bench, bench.table.cells[cell.after], seed)
         source = os.path.relpath(base / 'model.safetensors')
-    config = config_of(bench.table, cell, seed, candidate=candidate, source=source, quick=bench.quick)
-    run = run_directory(bench, cell, seed, candidate)
+    config = config_of(bench.table, cell, seed, candidate=candidate, source=source, quick=bench.quick, refit=refit)
+    run = run_directory(bench, cell, seed, 'refit' if refit else candidate)
     finished(bench, config, run)
     return run
 
@@ -148,8 +149,8 @@ def finished(bench: Bench, config: Mapping[str, Any], run: Path) -> Mapping[str,
 
 
 def run_directory(bench: Bench, cell: Cell, seed: int, candidate: str) -> Path:
-    """`<workdir>/<cell>/seed<N>[/<candidate>]`; cells that differ by their metric alone share a run."""
-    declared = lambda c: (c.config, c.overrides, c.after, c.candidates)
+    """`<workdir>/<cell>/seed<N>[/<candidate, or refit>]`; cells that differ by their metric alone share a run."""
+    declared = lambda c: (c.config, c.overrides, c.after, c.candidates, c.refit)
     first = next(c for c in bench.table.cells.values() if declared(c) == declared(cell))
     return bench.workdir / first.folder / f'seed{seed}' / quote(candidate, safe='=,')
 

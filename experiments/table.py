@@ -20,6 +20,7 @@ import copy
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import operator
 import re
@@ -58,6 +59,8 @@ class Cell(NamedTuple):
       unit: the table's UNIT unless given.
       after: name of the cell whose model this one starts from.
       candidates: overrides among which the table's SELECTION chooses, for every seed anew.
+      refit: a config that the chosen candidate's overrides are put into and that gives the figure, without selection: the
+        same network on training and validation images together, say.
     """
 
     row: str
@@ -72,6 +75,7 @@ class Cell(NamedTuple):
     unit: str = ''
     after: str = ''
     candidates: Sequence[Mapping[str, Any]] = ()
+    refit: str = ''
 
     @property
     def name(self) -> str:
@@ -153,6 +157,8 @@ def checked(name: str, declared: Mapping[str, Any]) -> Table:
         cells[cell.name] = cell
     for cell in cells.values():
         _check_base(name, cell, cells)
+        if cell.refit and not cell.candidates:
+            raise UserError(f"table {name}, cell '{cell.name}': refit is of a chosen candidate; give candidates")
     means = tuple(declared.get('MEANS', ()))
     for mean in means:
         if not matching(cells, [mean.of]):
@@ -193,12 +199,19 @@ def candidates_of(cell: Cell) -> dict[str, Mapping[str, Any]]:
 
 
 def config_of(
-    table: Table, cell: Cell, seed: int, *, candidate: str = '', source: str | None = None, quick: bool = False
+    table: Table,
+    cell: Cell,
+    seed: int,
+    *,
+    candidate: str = '',
+    source: str | None = None,
+    quick: bool = False,
+    refit: bool = False,
 ) -> dict[str, Any]:
-    """The resolved config of one run; `source` is the model of the cell that it comes after."""
-    config = ml_collections.ConfigDict(copy.deepcopy(_loaded(cell.config)))
+    """The resolved config of one run; `source` is the model of the cell that it comes after, `refit` asks for that config."""
+    config = ml_collections.ConfigDict(copy.deepcopy(_loaded(cell.refit if refit else cell.config)))
     overrides = cell.overrides(seed) if callable(cell.overrides) else cell.overrides or {}
-    select_by = {'select_by': table.selection} if table.selection not in ('', REVERSE) else {}
+    select_by = {'select_by': table.selection} if table.selection not in ('', REVERSE) and not refit else {}
     begin = {'model.source': source} if source else {}
     extra = table.quick if quick else {}
     for change in (select_by, overrides, candidates_of(cell)[candidate], begin, extra, {'seed': seed}):
@@ -215,9 +228,11 @@ def fingerprint(table: Table, cell: Cell, seed: int, *, quick: bool = False) -> 
     base = table.cells.get(cell.after)
     source = f'after {fingerprint(table, base, seed, quick=quick)}' if base else None
     configs = {}
-    for label in candidates_of(cell):
-        config = config_of(table, cell, seed, candidate=label, source=source, quick=quick)
-        configs[label] = {k: v for k, v in config.items() if k not in UNCOUNTED and v != config_lib.DEFAULTS.get(k)}
+    for label, refit in itertools.product(candidates_of(cell), (False, True) if cell.refit else (False,)):
+        config = config_of(table, cell, seed, candidate=label, source=source, quick=quick, refit=refit)
+        configs[f'{label}, refit' if refit else label] = {
+            k: v for k, v in config.items() if k not in UNCOUNTED and v != config_lib.DEFAULTS.get(k)
+        }
     rule = table.selection if cell.candidates else ''
     text = json.dumps([rule, configs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ OPTIONS = {
     'normalize': {'mean': [0.5] * 3, 'std': [0.25] * 3},
     'standardize': {'mean': [0.5] * 3, 'std': [0.25] * 3},
     'noise': {'stddev': 0.1},
+    'multiply': {'factor': 0.5},
     'cutout': {'length': 4},
     'color_jitter': {'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.1},
 }
@@ -262,6 +263,15 @@ def test_rand_augment(image, rng):
 def test_bad_configuration(items, message):
     with pytest.raises(UserError, match=message):
         make_transform(items)
+
+
+def test_multiply_rounds_and_clips_bytes_and_leaves_floats_their_range(rng):
+    bits = np.array([[[0], [1]], [[1], [0]]], np.uint8)
+    white = T.multiply(bits, rng, factor=255)
+    assert white.dtype == np.uint8 and white[..., 0].tolist() == [[0, 255], [255, 0]]
+    halves = T.multiply(np.array([3, 7, 200], np.uint8), rng, factor=1.5)
+    assert halves.tolist() == [4, 10, 255]  # 4.5 and 10.5 are rounded to even
+    np.testing.assert_allclose(T.multiply(np.array([0.5, 2.0], np.float32), rng, factor=3), [1.5, 6.0])
 
 
 def test_bad_use(image, rng):

@@ -231,6 +231,13 @@ def to_float(image: np.ndarray, rng: Generator) -> np.ndarray:
     return np.divide(image, 255, dtype=np.float32) if image.dtype == np.uint8 else image
 
 
+def multiply(image: np.ndarray, rng: Generator, *, factor: float) -> np.ndarray:
+    """image · factor; a uint8 image is rounded and clipped. 255 for images that hold black and white as 0 and 1."""
+    del rng
+    scaled = image * np.float32(factor)
+    return scaled if image.dtype != np.uint8 else np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
 def normalize(
     image: np.ndarray, rng: Generator, *, mean: Sequence[float], std: Sequence[float], max_value: float = 1.0
 ) -> np.ndarray:
@@ -311,12 +318,12 @@ TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
     function.__name__: function
     for function in (
         *(resize, center_crop, random_crop, random_resized_crop, pad, flip, rotate, zoom),
-        *(to_float, normalize, standardize, noise, cutout, grayscale, to_gray, to_rgb, reverse_channels),
+        *(to_float, multiply, normalize, standardize, noise, cutout, grayscale, to_gray, to_rgb, reverse_channels),
         *(augment.color_jitter, augment.rand_augment),
     )
 }
 ELEMENTWISE = {'to_float', 'normalize', 'standardize', 'to_rgb', 'reverse_channels'}
-STEADY = {'resize', 'center_crop', 'pad', 'to_gray', *ELEMENTWISE}
+STEADY = {'resize', 'center_crop', 'pad', 'multiply', 'to_gray', *ELEMENTWISE}
 
 
 def _resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
