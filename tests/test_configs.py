@@ -25,7 +25,7 @@ TABLES = {
     'glue': {'depth': 2},
     'task_adaptation': {'stage_sizes': [1, 1, 1, 1]},
     'vpt': {'depth': 2},
-    'vtab': {'stage_sizes': [1, 1, 1, 1]},
+    'vtab': {'stage_sizes': [1, 1], 'widths': [64, 128]},
 }
 
 
