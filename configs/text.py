@@ -49,15 +49,15 @@ def question(name: str, **options) -> dict:
 ONCE = dict(unique=True, without=f'{QUESTIONS}/test.txt')
 # name -> the data, epochs, and what chooses the checkpoint.
 TASKS = {
-    'sst2': (dict(train=phrase('train'), eval=phrase('dev'), test=phrase('test')), 2, 'accuracy'),
+    'sst2': (dict(train=phrase('train'), eval=phrase('dev'), test=phrase('test')), 1, 'accuracy'),
     'mr': (
         dict(train=review('MR/train.tsv[:90%]'), eval=review('MR/train.tsv[90%:]'), test=review('MR/dev.tsv')),
-        8,
+        4,
         'accuracy',
     ),
     'subj': (
         dict(train=review('SUBJ/train.tsv[:90%]'), eval=review('SUBJ/train.tsv[90%:]'), test=review('SUBJ/dev.tsv')),
-        6,
+        3,
         'accuracy',
     ),
     'trec': (
@@ -66,10 +66,10 @@ TASKS = {
             eval=question('{train,dev}.txt[90%:]', **ONCE),
             test=question('test.txt'),
         ),
-        12,
+        8,
         'accuracy',
     ),
-    'cola': (dict(train=judgement('train'), eval=judgement('val'), test=judgement('dev')), 8, 'mcc'),
+    'cola': (dict(train=judgement('train'), eval=judgement('val'), test=judgement('dev')), 5, 'mcc'),
 }
 
 
