@@ -12,6 +12,9 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from launch import main
+from tl_jax.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
 def get_config(arg='full'):
@@ -136,7 +139,6 @@ def test_sweep_compares_and_resumes(config_file, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--config={c}', '--workdir={w}', '--config.sed=1'], "config.sed: unknown field; did you mean 'seed'"),
         (['--config={c}', '--workdir={w}', '--config.seed=x'], 'config.seed: must be int'),
         (['--config={c}', '--workdir={w}', '--wrkdir=x'], "unknown flag; did you mean 'workdir'"),
         (['--config={c}', '--workdir={w}', '--mode=trian'], "unknown mode 'trian'; did you mean 'train'"),
@@ -144,13 +146,27 @@ def test_sweep_compares_and_resumes(config_file, tmp_path):
         (['--config={c}', '--workdir={w}', '--mode=sweep', '--dry_run'], '--dry_run: --mode=sweep has no use for it'),
         (['--config={c}', '--workdir={w}', '--mode=sweep', '--workers=2'], '--workers: is for a search over space()'),
         (['--config={c}', '--workdir={w}', '--config.data.train=folder:nowhere'], 'nowhere'),
-        (['--config={c}', '--workdir={w}', '--config.model.source={e}'], 'evil.pth'),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(config_file, tmp_path, arguments, message):
+def test_bad_input_is_one_line(config_file, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))
+    with pytest.raises(UserError) as refused:
+        main([a.format(c=config_file, w=tmp_path / 'run') for a in arguments])
+    assert message in str(refused.value) and '\n' not in str(refused.value)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('--config.sed=1', "config.sed: unknown field; did you mean 'seed'"),
+        ('--config.model.source={e}', 'evil.pth'),
+    ],
+)
+def test_bad_input_ends_with_status_2(config_file, tmp_path, argument, message):
     evil = tmp_path / 'evil.pth'
     evil.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / 'canary').encode() + b"'\ntR.")
-    done = launch(*(a.format(c=config_file, w=tmp_path / 'run', e=evil) for a in arguments))
+    done = launch(f'--config={config_file}', f'--workdir={tmp_path / "run"}', argument.format(e=evil))
     assert done.returncode == 2
     assert done.stderr.count('\n') == 1 and message in done.stderr, done.stderr
     assert not (tmp_path / 'run').exists() and not (tmp_path / 'canary').exists()

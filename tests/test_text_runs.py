@@ -73,3 +73,12 @@ def test_packed_language(tmp_path, texts):
     source = dict(spec=f'packed:{tmp_path}/a.txt', tokenizer=texts['tokenizer'], length=16)
     found = run(tmp_path, dict(name='gpt2', **TINY), dict(train=source, test=source), dict(name='causal_lm'))
     assert found['test/accuracy'] > 0.9 and found['test/perplexity'] == pytest.approx(np.exp(found['test/loss']))
+
+
+def test_padding_is_nothing_to_tell(tmp_path, texts):
+    (tmp_path / 'a.txt').write_text('\n'.join(['a very good film'] * 40) + '\n')
+    source = dict(spec=f'lines:{tmp_path}/a.txt', tokenizer=texts['tokenizer'], length=16)
+    gpt2 = dict(name='gpt2', pad_id=0, **TINY)
+    found = run(tmp_path, gpt2, dict(train=source, test=source), dict(name='causal_lm'), num_steps=1)
+    # Ten of sixteen tokens are padding, which an untrained network cannot tell: ln 12 each.
+    assert found['test/loss'] == pytest.approx(np.log(12), abs=0.3)

@@ -265,6 +265,7 @@ def create_objective(
         'num_classes': classes,
         'class_names': data.class_names,
         'num_examples': {stream: source.length for stream, source in data.sources.items()},
+        'pad_id': config['model'].get('pad_id'),
     }
     objective = call(constructor, fields, where, main, **others, **_asked(constructor, facts))
     facts |= {'model': main, 'original': original_from(config['model'], classes, dtype, load=load_others)}

@@ -1,5 +1,7 @@
 """Objectives of texts against their formulas in float64 numpy, scipy and scikit-learn's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,11 +70,12 @@ def test_mlm_is_the_cross_entropy_at_the_hidden_places():
     key = jax.random.key(5)
     loss, aux = jax.jit(objective.loss)(variables, batch, key)
     draw, _ = jax.random.split(key)
+    apply, predict = jax.jit(functools.partial(model.apply, train=False)), jax.jit(objective.predict)
     nats, hits = [], []
     for row, k in zip(TOKENS, jax.random.split(draw, 3), strict=True):
         hidden = mask_tokens(k, jnp.asarray(row), ~np.isin(row, [0, 2, 3]), rate=0.3, mask_id=4, vocabulary=50)
         # All logits of the whole text, in place of those gathered ahead of the head.
-        logits = model.apply(variables, hidden.tokens[None], train=False)['mlm_logits'][0]
+        logits = apply(variables, hidden.tokens[None])['mlm_logits'][0]
         for place in np.asarray(hidden.places)[np.asarray(hidden.real)]:
             nats.append(nats_of(logits[place], row[place]))
             hits.append(int(np.argmax(logits[place])) == row[place])
@@ -80,14 +83,14 @@ def test_mlm_is_the_cross_entropy_at_the_hidden_places():
     assert loss == pytest.approx(np.mean(nats), rel=1e-5) and aux.metrics['accuracy'] == pytest.approx(np.mean(hits))
     rows = [
         {
-            **objective.predict(variables, {'tokens': TOKENS[i : i + 1], 'index': np.array([i])}),
+            **predict(variables, {'tokens': TOKENS[i : i + 1], 'index': np.array([i])}),
             'mask': [1],
             'index': [i],
         }
         for i in range(3)
     ]
     alone = objective.figures({k: np.concatenate([np.asarray(r[k]) for r in rows]) for k in ('nats', 'hits', 'count')})
-    whole = objective.predict(variables, {'tokens': TOKENS, 'index': np.arange(3)})
+    whole = predict(variables, {'tokens': TOKENS, 'index': np.arange(3)})
     together = objective.figures({k: np.asarray(v) for k, v in whole.items()})
     assert alone == pytest.approx(together, rel=1e-6) and together['perplexity'] == pytest.approx(
         np.exp(together['loss'])
@@ -111,6 +114,10 @@ def test_causal_lm_tells_each_next_token():
     found = {k: np.asarray(v) for k, v in objective.predict(variables, batch['train']).items()}
     assert objective.figures(found)['loss'] == pytest.approx(float(loss), rel=1e-6)
     assert found['count'].tolist() == [11, 6, 2]
+    padded = model_of('gpt2', vocabulary=50, length=12, width=8, depth=1, heads=2, pad_id=0)
+    unmasked = {'train': {'tokens': TOKENS * real}}  # a tokenizer whose padding is a token of its own
+    alone, _ = causal_lm(padded, pad_id=0).loss(variables, unmasked, jax.random.key(1))
+    assert alone == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_token_labelling_by_the_head_on_each_word():

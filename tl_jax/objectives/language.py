@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tl_jax.entities import entity_figures
 from tl_jax.errors import UserError
+from tl_jax.models.generate import real_tokens
 from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of
 
 REPLACED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are
@@ -118,18 +119,24 @@ def mlm(
     return Objective(init, loss, predict, figures=token_figures, streams=(stream,))
 
 
-def causal_lm(model: Model, *, stream: str = 'train') -> Objective:
+def causal_lm(model: Model, *, pad_id: int | None = None, stream: str = 'train') -> Objective:
     """Language modelling: each token from those before it (Radford et al. 2018, "Improving Language Understanding…", eq. 1).
 
     loss = − sum over t of log softmax(lm_logits[t])[token t + 1] / their number
 
-    Padding is no target where the batch has `token_mask`. A `packed:` window has many texts, which see one another. Expects
-    tokens int32 [B, L] and a model with endpoint `lm_logits` [B, L, V] (GPT-2's and LLaMA's families). Returns nats per token.
+    Padding is no target: what `token_mask` says or, where the batch has none, the tokens `pad_id`. A `packed:` window has many
+    texts, which see one another. Expects tokens int32 [B, L] and a model with endpoint `lm_logits` [B, L, V] (GPT-2's and
+    LLaMA's families). Returns nats per token.
+
+    Args:
+      model: that continues texts.
+      pad_id: that of `config.model`; given by the experiment.
+      stream: of texts.
     """
 
     def judged(outputs, fields):
         logits, target = _logits(outputs, 'lm_logits', 'lm_head=True')[:, :-1], fields['tokens'][:, 1:]
-        real = jnp.asarray(fields.get('token_mask', jnp.ones_like(fields['tokens'])), bool)[:, 1:]
+        real = real_tokens(fields['tokens'], fields.get('token_mask'), pad_id)[:, 1:]
         nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
         hits = jnp.argmax(logits, -1) == target
         return {'nats': jnp.sum(nats * real, 1), 'hits': jnp.sum(hits & real, 1), 'count': jnp.sum(real, 1)}
