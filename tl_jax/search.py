@@ -196,6 +196,7 @@ def start(trial: optuna.trial.Trial, workdir: Path, space: Mapping[str, Any], co
 def settled(study: optuna.Study, worker: Worker, selection: Selection) -> bool:
     """Reports what a trial has recorded; whether it is over."""
     trial, folder = worker.trial, worker.folder
+    summary = folder / 'summary.json'
     running = worker.running()
     best: float | None = None
     seen = study.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -209,11 +210,11 @@ def settled(study: optuna.Study, worker: Worker, selection: Selection) -> bool:
         if best is None or not trial.should_prune():
             return False
         stop(worker)
-        study.tell(trial, state=TrialState.PRUNED)
-        say(f'{folder.name}: stopped at {selection.field} {best:.4f}, below the median')
-        return True
+        if not summary.exists():  # else it came to its end first
+            study.tell(trial, state=TrialState.PRUNED)
+            say(f'{folder.name}: stopped at {selection.field} {best:.4f}, below the median')
+            return True
     pid_file(folder).unlink(missing_ok=True)
-    summary = folder / 'summary.json'
     if not summary.exists():
         study.tell(trial, state=TrialState.FAIL)
         say(f'{folder.name}: failed: {last_words(folder)}')
