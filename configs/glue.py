@@ -15,10 +15,11 @@ The data, once, where `datasets` is installed, as run_glue.py there reads them:
         for split, rows in datasets.load_dataset('nyu-mll/glue', task).items():
             rows.to_json(f'data/glue/{task}/{split}.jsonl')
 
-The weights and the tokenizer are the hub's FacebookAI/roberta-base. Its pooler is the dense layer of the classifier and starts
-anew with it; the dropout that the authors' classifier has ahead of that layer is left out. `full` has the batches and epochs of Liu et al. 2019 (arXiv:1907.11692, [mem]); the table chooses its rate among
-their three. `bitfit` (rate and epochs of benzakenelad/BitFit) and `houlsby` (rate of google-research/adapter-bert for MRPC) are
-BERT's settings, of which no figures for RoBERTa are at hand.
+The weights and the tokenizer are the hub's FacebookAI/roberta-base. Its pooler is the dense layer of the classifier and
+starts anew with it; the dropout that the authors' classifier has ahead of that layer is left out. `full` has the batches and
+epochs of Liu et al. 2019 (arXiv:1907.11692, [mem]); the table chooses its rate among their three. `bitfit` (rate and epochs
+of benzakenelad/BitFit) and `houlsby` (rate of google-research/adapter-bert for MRPC) are BERT's settings, of which no
+figures for RoBERTa are at hand.
 """
 
 from collections.abc import Iterator
