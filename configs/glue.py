@@ -75,7 +75,7 @@ FRESH = 'backbone/pooler/.*'
 ADAPTERS = {'lora': dict(name='lora', rank=8, alpha=16.0), 'houlsby': dict(name='houlsby', width=64)}
 
 
-def length_of(task: str, method: str) -> tuple[float, int, int]:
+def settings_of(task: str, method: str) -> tuple[float, int, int]:
     """Rate, epochs and batch."""
     if method == 'full':
         return 2e-5, 10, 16 if task in SMALL else 32
@@ -98,7 +98,7 @@ def rules(method: str, adamw: dict[str, Any]) -> list:
 def get_config(arg: str = 'cola,lora') -> ml_collections.ConfigDict:
     name, method = arg.split(',')
     task = TASKS[name]
-    rate, epochs, batch = length_of(name, method)
+    rate, epochs, batch = settings_of(name, method)
     c = ml_collections.ConfigDict()
     c.name = f'GLUE, {name}, {method}'
     c.model = dict(

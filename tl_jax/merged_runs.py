@@ -5,7 +5,6 @@ import csv
 import inspect
 import io
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -111,13 +110,13 @@ def merge_runs(
         raise UserError(f'--start: {name} has no use for it; leave it out')
     config = {**config, 'name': f'{config["name"] or folders[0]}, {name} of {len(folders)}'}
     workdir_lib.holds_run(workdir, config)
-    cards = {str(folder): dict(opened(folder)[1].metadata) for folder in (*folders, *([start] if start else []))}
+    files = {str(folder): opened(folder) for folder in (*folders, *([start] if start else []))}
     loaded = {str(folder): network(folder) for folder in folders}
     networks = {folder: variables for folder, (_, variables) in loaded.items()}
     judge = judge_of(config, loaded[str(folders[0])][0])
     beginning = network(start)[1] if start else None
     merging.check_alike({**networks, **({str(start): beginning} if start else {})})
-    _check_cards(cards)
+    _check_cards({folder: about for folder, (_, _, about) in files.items()})
     rows = [Candidate(folder, variables, judge.score(variables)) for folder, variables in networks.items()]
     if start:
         rows.append(Candidate(f'start: {start}', beginning, judge.score(beginning)))
@@ -143,7 +142,9 @@ def merge_runs(
     }
     if jax.process_index() == 0:
         workdir_lib.claim(workdir, config)
-        save_variables(workdir / 'model.safetensors', mesh_lib.to_host(best.variables), cards[str(folders[0])])
+        save_variables(
+            workdir / 'model.safetensors', mesh_lib.to_host(best.variables), dict(files[str(folders[0])][1].metadata)
+        )
         workdir_lib.write_atomically(workdir / 'candidates.csv', _table(rows, judge.selection))
         workdir_lib.write_json(workdir / 'summary.json', summary)
     return summary
@@ -222,9 +223,8 @@ def _merged(
     return found, range(len(params))
 
 
-def _check_cards(cards: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuses runs whose networks are built otherwise, or name other classes, than the first one's."""
-    about = {folder: json.loads(card.get('tl_jax', '{}')) for folder, card in cards.items()}
+def _check_cards(about: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses runs whose files say that they are built otherwise, or name other classes, than the first one's."""
     first, *others = about
     other = next((folder for folder, card in about.items() if not card.get('classification', True)), None)
     if other:

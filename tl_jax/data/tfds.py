@@ -158,6 +158,6 @@ def _scan_labels(name: str, builder, split: str, label_of: Callable, needed: set
     from tensorflow_datasets import decode
 
     # What holds features of its own cannot be skipped whole.
-    idle = {name for name, feature in builder.info.features.items() if not hasattr(feature, 'keys')} - needed
+    idle = {key for key, feature in builder.info.features.items() if not hasattr(feature, 'keys')} - needed
     source = _data_source(name, builder, split, dict.fromkeys(idle, decode.SkipDecoding()))
     return parse_labels([label_of(example) for example in source], lambda i: f'{name}, example {i}')[0]
