@@ -187,6 +187,11 @@ def call(function: Callable, section: Mapping[str, Any], where: str, *args: Any,
     return function(*args, **section, **extra)
 
 
+def asked(constructor: Callable, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the facts that the constructor has a parameter for."""
+    return {name: fact for name, fact in facts.items() if name in inspect.signature(constructor).parameters}
+
+
 def check_type(value: Any, hint: Any, where: str) -> None:
     """Refuses a value that its annotation does not allow. An int serves as a float; a list as any sequence."""
     allowed = [h for h in (typing.get_args(hint) if _is_union(hint) else (hint,))]

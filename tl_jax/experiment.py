@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +13,12 @@ import numpy as np
 from tl_jax import data as data_lib
 from tl_jax import objectives, partitions, pretrained, trees
 from tl_jax import stages as stages_lib
-from tl_jax.config import call
+from tl_jax.config import asked, call
 from tl_jax.errors import UserError, nearest
 from tl_jax.experiment_data import Data, data_from
 from tl_jax.gradients import GRADIENTS, Gradient
 from tl_jax.networks import layer_order, model_from, original_from
-from tl_jax.objectives import Model, Objective, phases_of, started
+from tl_jax.objectives import Model, Models, Objective, phases_of, started
 from tl_jax.optimizers import Partition, create_partition
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -67,6 +67,7 @@ class Experiment(NamedTuple):
     def partition(self, number: int, params: Any, records: Sequence[Mapping[str, Any]] = ()) -> Partition:
         """The partition of stage `number`."""
         stage, field = self.stages[number], f'config.stages[{number}].train'
+        params = learnable(params, stage.objective)
         phases = [(phase.name, phase.rule) for phase in phases_of(stage.objective)]
         return create_partition(self.rules(number, records), params, steps=stage.steps, phases=phases, field=field)
 
@@ -89,6 +90,12 @@ class Experiment(NamedTuple):
         return jax.eval_shape(
             lambda key, batch: started(objective, objective.init(key, batch)), jax.random.key(0), self.batch
         )
+
+
+def learnable(params: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
+    """The parameters that a stage's rules are over: all roles but those that the objective says never learn."""
+    fixed = {network.role for network in objective.fixed}
+    return {role: tree for role, tree in params.items() if role not in fixed}
 
 
 def inherited(fresh: Any, before: Any, field: str) -> Any:
@@ -183,7 +190,7 @@ def _with_rules(experiment: Experiment, number: int, order: Sequence[str]) -> St
     stage = experiment.stages[number]
     if partitions.is_plain(stage.rules):
         return stage
-    leaves = trees.flatten(experiment.shapes(number)['params'])
+    leaves = trees.flatten(learnable(experiment.shapes(number)['params'], stage.objective))
     write = functools.partial(partitions.expanded, stage.rules, order, leaves, field=f'config.stages[{number}].train')
     if not partitions.follows_history(stage.rules):
         return stage._replace(rules=write())
@@ -248,32 +255,23 @@ def create_objective(
     constructor = _look_up(objectives.OBJECTIVES, name, where)
     main = call(model_from, config['model'], 'config.model', classes=classes, dtype=dtype, load=load_main)
     main = around(main) if around else main
-    others = {}
-    for role in _models_of(constructor):
-        if role not in fields:
-            raise UserError(
-                f"{where}.{role}: '{name}' needs another network; add {where}.{role}=dict(name='mlp', dense=[100], …), "
-                'with the fields of config.model'
-            )
-        options = fields.pop(role)
-        if not isinstance(options, Mapping):
-            raise UserError(f"{where}.{role}: must be a network such as dict(name='mlp', dense=[100]), not {options!r}")
-        others[role] = call(
-            model_from, pretrained.resolved(options), f'{where}.{role}', classes=classes, dtype=dtype, load=load_others
-        )
+    section_of = functools.partial(_network, classes=classes, dtype=dtype, load=load_others)
+    others = _networks(constructor, fields, where, section_of)
     facts = {
         'num_classes': classes,
         'class_names': data.class_names,
         'num_examples': {stream: source.length for stream, source in data.sources.items()},
         'pad_id': config['model'].get('pad_id'),
     }
-    objective = call(constructor, fields, where, main, **others, **_asked(constructor, facts))
+    objective = call(constructor, fields, where, main, **others, **asked(constructor, facts))
     facts |= {'model': main, 'original': original_from(config['model'], classes, dtype, load=load_others)}
     for wrapper, options in wrappers.items():
         if not isinstance(options, Mapping):
             raise UserError(f'{where}.{wrapper}: must be a section such as dict(weight=0.01), not {options!r}')
-        constructor = objectives.WRAPPERS[wrapper]
-        objective = call(constructor, options, f'{where}.{wrapper}', objective, **_asked(constructor, facts))
+        constructor, options = objectives.WRAPPERS[wrapper], dict(options)
+        given = asked(constructor, facts)
+        given |= _networks(constructor, options, f'{where}.{wrapper}', section_of, given)
+        objective = call(constructor, options, f'{where}.{wrapper}', objective, **given)
     objective = objectives.without_endpoints(objective)
     for stream in objective.streams:
         if stream not in data.streams:
@@ -323,12 +321,12 @@ def create_gradient(section: Mapping[str, Any], where: str, facts: Mapping[str, 
     fields = dict(section)
     name = fields.pop('name', None)
     constructor = _look_up(GRADIENTS, name, where)
-    asked = _asked(constructor, facts)
-    if facts['sample_rate'] is not None and 'sample_rate' not in asked:
+    told = asked(constructor, facts)
+    if facts['sample_rate'] is not None and 'sample_rate' not in told:
         raise UserError(
             f"config.data.poisson: the gradient '{name}' does not know of it; use {where}=dict(name='private', …)"
         )
-    return call(constructor, fields, where, **asked)
+    return call(constructor, fields, where, **told)
 
 
 def _look_up(table: Mapping[str, Callable], name: Any, where: str) -> Callable:
@@ -337,15 +335,41 @@ def _look_up(table: Mapping[str, Callable], name: Any, where: str) -> Callable:
     return table[name]
 
 
-def _asked(constructor: Callable, facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if name in inspect.signature(constructor).parameters}
+def _networks(
+    constructor: Callable, fields: dict[str, Any], where: str, network: Callable, known: Collection[str] = ()
+) -> dict[str, Any]:
+    """Builds, and takes out of the fields, the constructor's further networks: keyword arguments annotated Model or Models.
+
+    Args:
+      constructor: of an objective or a wrapper.
+      fields: of its section.
+      where: the section's name.
+      network: (section, where) -> Model.
+      known: arguments that are given anyway.
+    """
+    hints, made = typing.get_type_hints(constructor), {}
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        hint = hints.get(name)
+        if parameter.kind is not parameter.KEYWORD_ONLY or name in known or hint not in (Model, Models):
+            continue
+        if name in fields:
+            given, field = fields.pop(name), f'{where}.{name}'
+            if hint is Model or not isinstance(given, list | tuple):
+                made[name] = network(given, field) if hint is Model else (network(given, field),)
+            else:
+                made[name] = tuple(network(section, f'{field}[{i}]') for i, section in enumerate(given))
+        elif parameter.default is parameter.empty:
+            raise UserError(
+                f"{where}.{name}: needs another network; add {where}.{name}=dict(name='mlp', dense=[100], …), with the fields "
+                'of config.model'
+            )
+    return made
 
 
-def _models_of(constructor: Callable) -> list[str]:
-    """The constructor's further networks: its keyword arguments that are annotated as `Model`."""
-    hints = typing.get_type_hints(constructor)
-    parameters = inspect.signature(constructor).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and hints.get(p.name) is Model]
+def _network(section: Any, where: str, *, classes: int, dtype: Any, load: bool) -> Model:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where}: must be a network such as dict(name='mlp', dense=[100]), not {section!r}")
+    return call(model_from, pretrained.resolved(section), where, classes=classes, dtype=dtype, load=load)
 
 
 def parameter_count(tree: Any) -> int:

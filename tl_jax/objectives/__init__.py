@@ -10,6 +10,7 @@ from tl_jax.objectives.adversarial import adda, cdan, dann
 from tl_jax.objectives.base import (
     Aux,
     Model,
+    Models,
     Objective,
     Phase,
     inputs_of,
@@ -21,6 +22,7 @@ from tl_jax.objectives.base import (
 from tl_jax.objectives.bi_tuning import bi_tuning
 from tl_jax.objectives.contrastive import contrastive
 from tl_jax.objectives.discrepancy import mcd
+from tl_jax.objectives.distillation.distilled import distilled
 from tl_jax.objectives.language import causal_lm, mlm, regression, token_labelling
 from tl_jax.objectives.matching import coral, dan
 from tl_jax.objectives.meta import joint, maml
@@ -32,7 +34,7 @@ from tl_jax.objectives.references import delta, l2_sp
 from tl_jax.objectives.source_free import shot
 from tl_jax.objectives.source_head import co_tuning, lwf
 from tl_jax.objectives.stochastic import mixout, r_drop, stoch_norm
-from tl_jax.objectives.supervised import supervised
+from tl_jax.objectives.supervised import supervised, unsupervised
 from tl_jax.objectives.teachers import self_ensembling
 from tl_jax.objectives.views import mixed
 
@@ -41,6 +43,7 @@ __all__ = [
     'WRAPPERS',
     'Aux',
     'Model',
+    'Models',
     'Objective',
     'Phase',
     'inputs_of',
@@ -57,6 +60,7 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     'self_ensembling': self_ensembling,
     'shot': shot,
     'supervised': supervised,
+    'unsupervised': unsupervised,
     'contrastive': contrastive,
     'dann': dann,
     'cdan': cdan,
@@ -79,6 +83,7 @@ WRAPPERS: Mapping[str, Callable[..., Objective]] = {
     'stoch_norm': stoch_norm,
     'mixout': mixout,
     'r_drop': r_drop,
+    'distilled': distilled,
     'l1': l1,
     'l2': l2,
     'orthogonal': orthogonal,

@@ -26,6 +26,10 @@ class Model(NamedTuple):
     classify: Callable | None = None
 
 
+# Several networks: in a config a list of sections, or one section.
+Models = tuple[Model, ...]
+
+
 class Aux(NamedTuple):
     """What a loss gives besides its value.
 
@@ -33,7 +37,8 @@ class Aux(NamedTuple):
       metrics: scalars to log.
       collections: those that it changed.
       losses: its parts by task, where a gradient is to weigh or combine them; empty for one loss.
-      endpoints: of its forward pass, for the wrappers around it; `without_endpoints` takes them away before the gradient.
+      endpoints: of its forward pass, for the wrappers around it, with its `inputs` where they are not the stream's;
+        `without_endpoints` takes them away before the gradient.
     """
 
     metrics: dict[str, Any]
@@ -48,6 +53,20 @@ class Phase(NamedTuple):
     name: str
     loss: Callable
     rule: str
+
+
+class Fixed(NamedTuple):
+    """A network that never learns and that a loss asks.
+
+    Attributes:
+      role: its place among the parameters.
+      endpoints: (variables, a stream's batch) -> what it says of it, by endpoint [B, …], in evaluation mode.
+      reads: the endpoints that the loss reads; it takes the batch's fields `<role>/<endpoint>` in their place if they are there.
+    """
+
+    role: str
+    endpoints: Callable
+    reads: tuple[str, ...]
 
 
 class Objective(NamedTuple):
@@ -68,6 +87,8 @@ class Objective(NamedTuple):
       figures: predictions of all examples, as numpy arrays [N, …] -> {name: float}; None for classification by `logits`.
       export: variables -> those of the adapted network under the names that its model gives them, where they are not there
         yet; what another run loads.
+      fixed: networks that never learn: no rule reaches them. They see the first stream.
+      altered: whether the loss shows its network other inputs than the stream's (hidden tokens, mixed images).
       streams: those that the loss reads.
     """
 
@@ -79,6 +100,8 @@ class Objective(NamedTuple):
     start: Callable | None = None
     figures: Callable | None = None
     export: Callable | None = None
+    fixed: tuple[Fixed, ...] = ()
+    altered: bool = False
     streams: tuple[str, ...] = ('train',)
 
 

@@ -104,10 +104,12 @@ def mlm(
         draw, dropout = jax.random.split(key)
         fields = batch[stream]
         masked = hidden(jax.random.split(draw, len(fields['tokens'])), fields)
-        outputs, collections = forward(model, variables, inputs(fields, masked), dropout)
+        shown = inputs(fields, masked)
+        outputs, collections = forward(model, variables, shown, dropout)
         nats, hits = judged(_logits(outputs, 'mlm_logits', 'mlm_head=True'), masked)
         count = jnp.maximum(masked.real.sum(), 1)
-        return nats.sum() / count, Aux({'accuracy': hits.sum() / count}, collections, endpoints=outputs)
+        aux = Aux({'accuracy': hits.sum() / count}, collections, endpoints={**outputs, 'inputs': shown})
+        return nats.sum() / count, aux
 
     def predict(variables, batch):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch['index'])
@@ -116,7 +118,7 @@ def mlm(
         nats, hits = judged(outputs['mlm_logits'], masked)
         return {'nats': nats.sum(1), 'hits': hits.sum(1), 'count': masked.real.sum(1)}
 
-    return Objective(init, loss, predict, figures=token_figures, streams=(stream,))
+    return Objective(init, loss, predict, figures=token_figures, altered=True, streams=(stream,))
 
 
 def causal_lm(model: Model, *, pad_id: int | None = None, stream: str = 'train') -> Objective:

@@ -1,4 +1,4 @@
-"""Supervised learning: cross-entropy on the labels of one stream."""
+"""Supervised learning: cross-entropy on the labels of one stream; and no loss at all, for the wrappers that give one."""
 
 from collections.abc import Sequence
 
@@ -39,6 +39,22 @@ def supervised(
         value = jnp.sum(share * optax.softmax_cross_entropy(logits, smooth)) / jnp.sum(share)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(target, -1))
         return value, Aux({'accuracy': accuracy}, collections, endpoints=outputs)
+
+    def predict(variables, batch):
+        return model.apply(variables, inputs_of(batch), train=False)
+
+    return Objective(init, loss, predict, streams=(stream,))
+
+
+def unsupervised(model: Model, *, stream: str = 'train') -> Objective:
+    """No loss of its own: the network's pass over a stream, whose labels it does not ask for, for wrappers to judge."""
+
+    def init(key, batch):
+        return model.init(key, inputs_of(batch[stream]))
+
+    def loss(variables, batch, key):
+        outputs, collections = forward(model, variables, inputs_of(batch[stream]), key)
+        return jnp.zeros(()), Aux({}, collections, endpoints=outputs)
 
     def predict(variables, batch):
         return model.apply(variables, inputs_of(batch), train=False)

@@ -30,4 +30,4 @@ def mixed(
 
         return mixed_loss
 
-    return with_loss(objective, mix) if mixers else objective
+    return with_loss(objective, mix)._replace(altered=True) if mixers else objective
