@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart photos test parity lint test-tfds clean
+.PHONY: quickstart photos cifar10 test parity lint test-tfds clean
 
 quickstart: $(VENV)/.ready  ## transfer a shipped MNIST network to other people's digits, 5 labels a class
 	$(BIN)/python launch.py --mode=sweep --config=configs/quickstart.py --workdir=runs/quickstart
@@ -15,11 +15,15 @@ photos: $(VENV)/.ready  ## ImageNet MobileNetV2 to ants and bees; needs ../share
 	mkdir -p runs/hymenoptera && tar -xf ../shared/data/hymenoptera.tar -C runs/hymenoptera
 	$(BIN)/python launch.py --mode=sweep --config=configs/finetune.py --workdir=runs/photos
 
+cifar10: $(VENV)/.ready  ## CIFAR-10 as runs/cifar10.npz, from ../shared
+	$(BIN)/python -m experiments.cifar10
+
 test-tfds: $(VENV)/.ready .venv-tfds/.ready  ## TFDS prepares a set with TensorFlow; we read it without
 	TFDS_PYTHON=.venv-tfds/bin/python $(BIN)/python -m pytest tests/tfds
 
-parity: .venv-parity/.ready  ## our networks and adapters beside torchvision's, timm's, transformers' and peft's, the same weights in both
-	.venv-parity/bin/python -m pytest tests/parity/live_parity.py tests/parity/live_sizes.py tests/parity/live_generate.py tests/parity/live_peft.py
+parity: .venv-parity/.ready  ## our networks, adapters and distillation terms beside torch's, the same numbers in both
+	.venv-parity/bin/python -m pytest tests/parity/live_parity.py tests/parity/live_sizes.py tests/parity/live_generate.py tests/parity/live_peft.py \
+		tests/parity/live_distillation.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
