@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tl_jax.models import bert, clip, create_model, deberta, gpt2, list_models, llama, t5, text
+from tl_jax.models import bert, clip, create_model, deberta, gpt2, list_models, llama, lstm, t5, text
 from tl_jax.trees import flatten
 
-TEXTS = tuple(m.__name__ for m in (bert, deberta, gpt2, llama, t5, text))
+TEXTS = tuple(m.__name__ for m in (bert, deberta, gpt2, llama, lstm, t5, text))
 # Fewer layers, none of another kind: tracing is what takes time.
 FEWER = {
     'Bert': dict(depth=2),
