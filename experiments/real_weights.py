@@ -10,13 +10,11 @@ bees, both of which ImageNet has. Writes `experiments/results/real_weights.json`
 
 import contextlib
 import io
-import json
 import os
 import sys
 import tarfile
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from experiments.cifar10 import read_cifar10
 from tl_jax import models, pretrained, workdir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,24 +226,6 @@ def subset(images: Images, labels: Int[np.ndarray, 'n'], each: int) -> tuple[Ima
     """The first `each` images of every class."""
     chosen = np.concatenate([np.flatnonzero(labels == label)[:each] for label in np.unique(labels)])
     return images[chosen], labels[chosen]
-
-
-def read_cifar10(parts: tuple[str, ...]) -> tuple[UInt8[np.ndarray, 'n 32 32 3'], Int[np.ndarray, 'n']]:
-    """Images and labels of lossless mosaics of 32-pixel tiles, one a class; the classes are in their usual order."""
-    images, labels = [], []
-    for part in parts:
-        with zipfile.ZipFile(SHARED / f'data/cifar10_{part}.zip') as archive:
-            (index_name,) = [name for name in archive.namelist() if name.endswith('INDEX.json')]
-            index = json.loads(archive.read(index_name))
-            for label, name in enumerate(index['classes']):
-                files = [member for member in archive.namelist() if member.endswith(f'/{name}.webp')]
-                if not files:
-                    continue  # the training classes are spread over two archives
-                mosaic = np.asarray(Image.open(io.BytesIO(archive.read(files[0]))).convert('RGB'))
-                tiles = mosaic.reshape(mosaic.shape[0] // 32, 32, index['cols'], 32, 3).transpose(0, 2, 1, 3, 4)
-                images.append(tiles.reshape(-1, 32, 32, 3)[: index['per_class']])
-                labels.append(np.full(len(images[-1]), label))
-    return np.concatenate(images), np.concatenate(labels)
 
 
 def read_photos(split: str) -> tuple[Images, Int[np.ndarray, 'n']]:

@@ -403,3 +403,13 @@ def test_hymenoptera(shared, tmp_path):
     with refuses('holds splits, not classes'):
         open_source(f'folder:{root.parent}')
     (root.parent / 'meta.json').write_text(json.dumps({}))
+
+
+def test_omitted_classes_stay_classes():
+    whole = open_source('sklearn:digits/train')
+    without = open_source('sklearn:digits/train', omit=[3, 5])
+    assert without.length == whole.length - np.isin(whole.labels, [3, 5]).sum()
+    assert not np.isin(without.labels, [3, 5]).any() and without.class_names == whole.class_names
+    assert without.get(0)['label'] == without.labels[0]
+    with pytest.raises(UserError, match='sklearn:digits/train: omit names 10; the classes are 0 … 9'):
+        open_source('sklearn:digits/train', omit=[10])

@@ -107,7 +107,8 @@ def test_shipped_weights_are_small_and_sound(path):
 @pytest.mark.shared
 def test_cifar_resnet20_scores_its_published_error(shared, capsys):
     """8.27 % on the 10,000 test images, over eight devices. Every file: `experiments/real_weights.py`."""
-    from experiments.real_weights import IMAGENET_MEAN, IMAGENET_STD, read_cifar10
+    from experiments.cifar10 import read_cifar10
+    from experiments.real_weights import IMAGENET_MEAN, IMAGENET_STD
 
     shared('data/cifar10_test.zip')
     images, labels = read_cifar10(('test',))

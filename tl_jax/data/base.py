@@ -68,6 +68,16 @@ def without_labels(source: Source) -> Source:
     return source._replace(get=lambda i: {k: v for k, v in get(i).items() if not k.startswith('label')}, labels=None)
 
 
+def without_classes(source: Source, omit: Sequence[int]) -> Source:
+    """The examples of the other classes; the number of classes stays."""
+    labels, classes = need_labels(source, f'omit={list(omit)}'), num_classes(source)
+    unknown = next((label for label in omit if label not in range(classes)), None)
+    if unknown is not None:
+        raise UserError(f'{source.name}: omit names {unknown!r}; the classes are 0 … {classes - 1}')
+    names = source.class_names or tuple(map(str, range(classes)))
+    return select(source, np.flatnonzero(~np.isin(labels, omit)))._replace(class_names=names)
+
+
 def predicted_labels(source: Source, path: str) -> Source:
     """The same examples with the classes that a run predicted for them: `index` and `probabilities` of its npz."""
     file = existing(path, source.name)

@@ -25,6 +25,7 @@ from tl_jax.data.base import (
     fixed_permutation,
     predicted_labels,
     select,
+    without_classes,
     without_labels,
 )
 from tl_jax.data.buckets import in_buckets
@@ -58,13 +59,14 @@ KINDS: dict[str, Callable[..., Source]] = {
     'packed': open_packed,
     'conll': open_conll,
 }
-COMMON_OPTIONS = ('num_classes', 'shots', 'shots_seed', 'labels', 'unlabelled', 'episodes', 'buckets')
+COMMON_OPTIONS = ('num_classes', 'omit', 'shots', 'shots_seed', 'labels', 'unlabelled', 'episodes', 'buckets')
 
 
 def open_source(
     spec: str,
     *,
     num_classes: int | None = None,
+    omit: Sequence[int] = (),
     shots: int | None = None,
     shots_seed: int = 0,
     labels: str | None = None,
@@ -76,7 +78,8 @@ def open_source(
     """Opens `spec`; `options` are those of its kind (see `open_folder`, `open_table`, `open_npz`, … of this
     package).
 
-    Labels must lie in 0 … `num_classes` - 1 where that is given. `shots=k` keeps k labelled examples of every
+    Labels must lie in 0 … `num_classes` - 1 where that is given. `omit=[3]` leaves out the examples of a class, which stays
+    one. `shots=k` keeps k labelled examples of every
     class, drawn by `shots_seed` after the slice. `labels` names a run's `predictions/….npz` whose classes take the
     place of the labels; `unlabelled` hides them: no method can look at them. `episodes` makes each
     example a few-shot task of what is left (see `tl_jax.data.episodes`). `buckets=[16, 32, 64]` makes batches of texts of
@@ -97,6 +100,8 @@ def open_source(
     check_labels(source, num_classes)
     for part in parts:
         source = select(source, _slice_indices(part, source.length, spec))
+    if omit:
+        source = without_classes(source, omit)
     if shots is not None:
         source = few_shots(source, shots, shots_seed)
     if labels is not None:

@@ -38,6 +38,7 @@ from tl_jax.models import (
     tiny,
     vgg,
     vit,
+    wide_resnet,
 )
 from tl_jax.models.heads import HEADS
 
@@ -65,6 +66,7 @@ FAMILIES = (
     tiny,
     vgg,
     vit,
+    wide_resnet,
 )
 MODELS = {name: constructor for family in FAMILIES for name, constructor in family.MODELS.items()}
 

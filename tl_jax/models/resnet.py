@@ -209,12 +209,10 @@ def _imagenet(depth: int, **fields: Any):
     return functools.partial(ResNet, stage_sizes=_SIZES[depth], block=block, **fields)
 
 
-def _cifar(depth: int):
+def _cifar(depth: int, **fields: Any):
     """A network of 6n + 2 layers: three stages of n basic blocks, of 16, 32 and 64 channels."""
-    sizes = ((depth - 2) // 6,) * 3
-    return functools.partial(
-        ResNet, stage_sizes=sizes, widths=(16, 32, 64), stem='small', stem_width=16, shortcut='pad'
-    )
+    small = dict(widths=(16, 32, 64), stem='small', stem_width=16, shortcut='pad')
+    return functools.partial(ResNet, stage_sizes=((depth - 2) // 6,) * 3, **{**small, **fields})
 
 
 _C = dict(stem='deep')
@@ -245,4 +243,9 @@ MODELS = {
     'seresnext101_64x4d': _imagenet(101, **_SE, **_64X4),
     'seresnext101d_32x8d': _imagenet(101, **_SE, **_32X8, **_D),
     **{f'resnet{depth}': _cifar(depth) for depth in (20, 32, 44, 56, 110)},
+    # Four times as wide, as Tian et al. 2020 (arXiv:1910.10699) and all since compare distillations with.
+    **{
+        f'resnet{depth}x4': _cifar(depth, widths=(64, 128, 256), stem_width=32, shortcut='projection')
+        for depth in (8, 32)
+    },
 }
