@@ -71,7 +71,7 @@ def averaged(
 
 @functools.cache
 def _means(size: int, bins: int) -> np.ndarray:
-    weights = np.zeros((bins, size), np.float32)
+    weights = np.zeros((bins, size))
     for i in range(bins):
         first, end = i * size // bins, -(-(i + 1) * size // bins)
         weights[i, first:end] = 1 / (end - first)

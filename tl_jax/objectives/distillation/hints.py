@@ -1,0 +1,108 @@
+"""Terms by which the student predicts the teacher's features."""
+
+import jax
+import jax.numpy as jnp
+from jax import nn
+from jaxtyping import Array, Float
+
+from tl_jax.errors import UserError
+from tl_jax.objectives.distillation.base import Pair, Term
+from tl_jax.objectives.distillation.layers import (
+    FIELD,
+    Layers,
+    aligned,
+    layer_pairs,
+    reads,
+    require_joinable,
+    require_same_channels,
+)
+from tl_jax.objectives.distillation.projectors import dense, dense_init, project, projector_init
+
+
+def hints(*, layers: Layers, projection: bool = True, norm: bool = False) -> Term:
+    """FitNets' hints (Romero et al. 2015, arXiv:1412.6550, eq. 3): Σ_layers mean (r(s) - t)², means over all but the batch.
+
+    r is a linear map of channels, at each position of the smaller map of the two; the paper's regressor is a convolution
+    without padding, which shrinks the student's map to the teacher's, and its loss ½ Σ in place of the mean. There the hints
+    are a stage of their own: `label_weight=0` and rules for `backbone/…` up to the layer and for `projectors/.*`; then
+    soft targets. RepDistiller adds them to the labels' loss, with this mean and the weight 100.
+
+    Args:
+      layers: maps [B, H, W, C], sequences [B, L, C] or vectors [B, C]; a map meets a vector by its mean over positions.
+      projection: whether there is an r; without one the channels must be as many.
+      norm: whether batch normalisation follows it.
+    """
+    names = layer_pairs(layers)
+    if norm and not projection:
+        raise UserError(
+            f'{FIELD}: hints.norm follows the projection, and projection=False leaves none; drop one of the two'
+        )
+
+    def init(key, pair: Pair):
+        require_joinable('hints', pair, names)
+        if not projection:
+            require_same_channels('hints without a projection', pair, names)
+            return {}
+        return each_layer(key, pair, names, lambda key, s, t: projector_init(key, s, t, norm=norm))
+
+    def loss(params, state, pair, key):
+        value = 0.0
+        for place, pair_of_names in enumerate(names, start=1):
+            s, t = aligned(pair, pair_of_names)
+            s = project(params[f'layer{place}'], s) if projection else s
+            value += mean_of_example(jnp.square(s - t))
+        return value, state
+
+    return Term(loss, init=init, **reads(names))
+
+
+def vid(*, layers: Layers, variance: float = 5.0) -> Term:
+    """Variational information distillation (Ahn et al. 2019, arXiv:1904.05835, eq. 3 to 6).
+
+    Σ_layers mean over positions and channels of  (t_c - μ_c(s))² / (2 σ_c²) + ½ log σ_c²,  σ_c² = log(1 + exp(α_c)) + 1e-5
+
+    up to a constant the teacher's negative log-likelihood under a Gaussian of mean μ(s) and a learned variance for each
+    channel, in nats per number (the paper's are summed, the authors' code takes the mean). μ has three linear maps of channels
+    to the teacher's width without biases, and ReLUs between; the default weight 1 is RepDistiller's.
+
+    Args:
+      layers: maps [B, H, W, C], sequences [B, L, C] or vectors [B, C].
+      variance: σ² in the beginning.
+    """
+    names, floor = layer_pairs(layers), 1e-5
+    if not variance > floor:
+        raise UserError(f'{FIELD}: vid.variance must be above {floor}, not {variance}; 5 is the authors’')
+
+    def regressor(key, channels, width):
+        keys = jax.random.split(key, 3)
+        widths = ((channels, width), (width, width), (width, width))
+        maps = {
+            f'linear{i}': dense_init(k, *w, bias=False) for i, (k, w) in enumerate(zip(keys, widths, strict=True), 1)
+        }
+        return {**maps, 'alpha': jnp.full(width, jnp.log(jnp.expm1(variance - floor)))}
+
+    def init(key, pair: Pair):
+        require_joinable('vid', pair, names)
+        return each_layer(key, pair, names, regressor)
+
+    def loss(params, state, pair, key):
+        value = 0.0
+        for place, pair_of_names in enumerate(names, start=1):
+            own = params[f'layer{place}']
+            s, t = aligned(pair, pair_of_names)
+            mu = dense(own['linear3'], nn.relu(dense(own['linear2'], nn.relu(dense(own['linear1'], s)))))
+            var = nn.softplus(own['alpha']) + floor
+            value += 0.5 * mean_of_example(jnp.square(t - mu) / var + jnp.log(var))
+        return value, state
+
+    return Term(loss, init=init, **reads(names))
+
+
+def each_layer(key: Array, pair: Pair, names, make) -> dict:
+    """{'layer1': make(key, student's channels, teacher's), 'layer2': …}"""
+    channels = [(pair.student[s].shape[-1], pair.teacher[t].shape[-1]) for s, t in names]
+    return {f'layer{i}': make(jax.random.fold_in(key, i), *widths) for i, widths in enumerate(channels, start=1)}
+
+
+def mean_of_example(x: Float[Array, 'batch *rest']) -> Float[Array, 'batch']:
+    return jnp.mean(x, tuple(range(1, x.ndim)))
