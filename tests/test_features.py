@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tl_jax import features, trees
+from tl_jax import features, run_once, trees
 from tl_jax import mesh as mesh_lib
 from tl_jax.data import cached
 from tl_jax.errors import UserError
@@ -106,9 +106,9 @@ def test_what_is_stored_is_known_by_its_content():
     weights, x = np.arange(6, dtype=np.float32).reshape(3, 2), np.ones((4, 3), np.float32)
     mesh = mesh_lib.create_mesh(data=1)
 
-    def asked(inputs, weights, endpoints=lambda v, x, key, train: x @ v['w']):
-        backbone = features.Backbone(endpoints, {'w': weights}, cached.content_hash([weights]))
-        return features.stored_or_run(backbone, mesh, train=False)(inputs)
+    def asked(inputs, weights, run=lambda v, x: x @ v['w']):
+        network = run_once.Network(run, {'w': weights}, cached.content_hash([weights]))
+        return run_once.stored_or_run(network, mesh)(inputs)
 
     found, fresh = asked(x, weights)
     assert fresh and not asked(x.copy(), weights.copy())[1]
@@ -117,8 +117,8 @@ def test_what_is_stored_is_known_by_its_content():
         (2 * x, weights),
         (x[:3], weights),
         (x, weights + 1),
-        (x, weights, lambda v, x, key, train: x @ v['w'] + 1),
-        (x, weights, lambda v, x, key, train: (x @ v['w']).astype('float16')),
+        (x, weights, lambda v, x: x @ v['w'] + 1),
+        (x, weights, lambda v, x: (x @ v['w']).astype('float16')),
     ):
         features_of, fresh = asked(inputs, w, *program)
         assert fresh and (

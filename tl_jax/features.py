@@ -1,28 +1,17 @@
-"""The feature cache: a stage whose backbone stands still runs it once over each example, and then trains on its features.
-
-What is stored is addressed by its content: the folder by the traced program of the backbone and its weights, each file by
-the transformed examples of one evaluation batch. So nothing can be stale: changed data, transforms, weights, fields,
-precision or code have other names. What is reused was read and transformed anyway; the network is not run.
-
-On several processes each runs its share of the batches and finds the others' in the folder, where all see the same one;
-where they do not, each runs the whole.
-"""
+"""The feature cache: a stage whose backbone stands still runs it once over each example, and then trains on its features."""
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from tl_jax import data as data_lib
-from tl_jax import mesh as mesh_lib
 from tl_jax import trees
 from tl_jax.config import call
 from tl_jax.data import cached
+from tl_jax.data.base import Source
 from tl_jax.data.streams import Loader
 from tl_jax.errors import UserError
 from tl_jax.experiment import create_objective
@@ -31,10 +20,9 @@ from tl_jax.objectives import Model, Objective, inputs_of, phases_of, with_loss
 from tl_jax.peft.base import ROLE as ADAPTERS
 from tl_jax.progress import say
 from tl_jax.run import Run
+from tl_jax.run_once import Network, Uncached, check_dtype, columns, on_host, require_fixed_examples, shown_of
 from tl_jax.state import TrainState, frozen_statistics, variables_of
 from tl_jax.step import progress
-
-DTYPES = ('float32', 'float16')
 
 
 class Backbone(NamedTuple):
@@ -50,9 +38,10 @@ class Backbone(NamedTuple):
     variables: dict[str, Any]
     weights: str
 
-
-class Uncached(Exception):
-    """Why a stage runs its backbone in every step."""
+    def network(self, *, train: bool) -> Network:
+        """The backbone in training or evaluation mode, of the fields that it sees."""
+        run = lambda variables, fields: self.endpoints(variables, inputs_of(fields), jax.random.key(0), train)
+        return Network(run, self.variables, self.weights)
 
 
 def with_features(run: Run, state: TrainState, number: int) -> Run:
@@ -66,8 +55,7 @@ def with_features(run: Run, state: TrainState, number: int) -> Run:
     experiment, stage = run.experiment, run.experiment.stages[number]
     if not experiment.config['cache_features']:
         return run
-    if experiment.config['cache_dtype'] not in DTYPES:
-        raise UserError(f"config.cache_dtype: must be {' or '.join(DTYPES)}, not '{experiment.config['cache_dtype']}'")
+    check_dtype(experiment.config['cache_dtype'])
     partition, variables = run.layout_of(number).partition, variables_of(state)
     if any(path.startswith(('backbone/', f'{ADAPTERS}/')) for path in partition.trainable):
         return run
@@ -75,7 +63,7 @@ def with_features(run: Run, state: TrainState, number: int) -> Run:
         if stage.objective.refresh:
             raise Uncached('the objective passes over whole data sets, perhaps by another network')
         for stream in stage.objective.streams:
-            _require_fixed_examples(experiment, stream, stage.steps)
+            require_fixed_examples(experiment, stream, stage.steps)
         backbone = frozen_backbone(experiment, stage.objective.streams[0], variables, partition.trainable)
         for stream in stage.objective.streams:
             _require_no_draws(experiment.batch[stream], backbone)
@@ -107,7 +95,6 @@ def frozen_backbone(experiment: Any, stream: str, variables: Mapping[str, Any], 
     if learning:
         raise Uncached(f"'{learning}' changes what it gives")
     mine = {c: trees.split(variables.get(c, {}), paths.__contains__)[0] for c, paths in own.items()}
-    mine = jax.tree.map(np.array, mesh_lib.to_host(mine))  # copies: a step donates what it is given
     if any(trees.flatten(mine[c]).keys() != paths.keys() for c, paths in own.items()):
         raise Uncached('the objective keeps it under another name')
     if mine.get('batch_stats'):
@@ -118,8 +105,7 @@ def frozen_backbone(experiment: Any, stream: str, variables: Mapping[str, Any], 
         outputs = model.apply(variables, inputs, train=train, mutable=['batch_stats'], rngs={'dropout': key})[0]
         return outputs['features'].astype(experiment.config['cache_dtype'])
 
-    flat = sorted(trees.flatten(mine).items())
-    return Backbone(endpoints, mine, cached.content_hash(part for item in flat for part in item))
+    return Backbone(endpoints, *on_host(mine))
 
 
 def on_features(experiment: Any, number: int) -> Objective:
@@ -168,17 +154,6 @@ def without_backbone(variables: Mapping[str, Any]) -> dict[str, Any]:
     return bare
 
 
-def _require_fixed_examples(experiment: Any, stream: str, steps: int) -> None:
-    """Refuses a stream of which an example looks different each time, or of which a stage does not see all."""
-    data = experiment.data
-    drawn, length = data_lib.random_transforms(data.train_transforms[stream]), data.sources[stream].length
-    if drawn:
-        raise Uncached(f"the transform {drawn[0]} of '{stream}' is random")
-    a_step = length * data.sample_rate if data.sample_rate else experiment.config['batch_size']
-    if steps * a_step < length:
-        raise Uncached(f"{steps} steps do not see the {length:,} examples of '{stream}' once")
-
-
 def _require_no_draws(stream: Mapping[str, Any], backbone: Backbone) -> None:
     """Refuses a backbone that draws at random."""
     run = functools.partial(backbone.endpoints, train=True)
@@ -198,7 +173,7 @@ def _require_features_alone(
         features = jax.eval_shape(
             functools.partial(backbone.endpoints, train=True), backbone.variables, inputs, jax.random.key(0)
         )
-        for field in _fields_of(stream, inputs):
+        for field in shown_of(stream):
             del stream[field]
         stream['features'] = jax.ShapeDtypeStruct(features.shape, jnp.float32)
     try:
@@ -212,12 +187,6 @@ def _require_features_alone(
         raise Uncached(f'the objective wants more of it than its features ({said})') from None
 
 
-def _fields_of(stream: Mapping[str, Any], inputs: Any) -> list[str]:
-    """The fields of a batch that are the network's inputs."""
-    leaves = {id(leaf) for leaf in jax.tree.leaves(inputs)}
-    return [field for field, value in stream.items() if id(value) in leaves]
-
-
 def _on_columns(run: Run, number: int, objective: Objective, backbone: Backbone) -> Run:
     """The run with a stage's objective, streams and evaluation batches replaced by those of features."""
     experiment, data = run.experiment, run.experiment.data
@@ -225,18 +194,18 @@ def _on_columns(run: Run, number: int, objective: Objective, backbone: Backbone)
     # All stages that share the objective, so that they still do.
     stages = [s._replace(objective=objective) if s.objective is before else s for s in experiment.stages]
 
-    stage, evaluated = experiment.stages[number].name, {}
+    evaluated = {}
+    features = functools.partial(_features, run, experiment.stages[number].name, backbone)
 
     def stream(name):
-        source, stream = data.sources[name], data.streams[name]
-        columns = _columns(run, stage, backbone, name, source, data.train_transforms[name], train=True)
-        return stream._replace(loader=Loader(cached.column_source(source, columns), stream.loader.seed, None, _same))
+        stream = data.streams[name]
+        source = features(name, stream.loader.source, data.train_transforms[name], train=True)
+        return stream._replace(loader=Loader(source, stream.loader.seed, None, _same))
 
     def batches(name, source):
         # A stream and a split may have one name.
         if id(source) not in evaluated:
-            columns = _columns(run, stage, backbone, name, source, data.eval_transforms[name], train=False)
-            evaluated[id(source)] = cached.column_source(source, columns)
+            evaluated[id(source)] = features(name, source, data.eval_transforms[name], train=False)
         return data_lib.eval_batches(
             evaluated[id(source)],
             batch_size=experiment.config['eval_batch_size'],
@@ -255,59 +224,17 @@ def _same(batch: dict, rng: None) -> dict:
     return batch
 
 
-def _columns(
-    run: Run, stage: str, backbone: Backbone, name: str, source: Any, transforms: list, *, train: bool
-) -> dict[str, np.ndarray]:
-    """The features [N, D] of a stream's or split's examples, and their other fields, each [N, …] on the host."""
+def _features(
+    run: Run, stage: str, backbone: Backbone, name: str, source: Source, transforms: list, *, train: bool
+) -> Source:
+    """The examples of a stream or split with features [D] in place of what the backbone sees."""
+
+    def keep(batch, features):
+        gone = (*shown_of(batch), 'mask', 'index')
+        return {**{field: values for field, values in batch.items() if field not in gone}, 'features': features}
+
     size = run.experiment.config['eval_batch_size']
-    start = time.perf_counter()
-    features_of = stored_or_run(backbone, run.mesh, train=train)
     batches = lambda: data_lib.eval_batches(source, batch_size=size, transforms=transforms)
-    if jax.process_count() > 1:
-        for place, batch in enumerate(batches()):
-            if place % jax.process_count() == jax.process_index():
-                features_of(inputs_of(batch))
-        multihost_utils.sync_global_devices(f'features of {name}')
-    columns, computed, count = {}, 0, 0
-    for batch in batches():
-        inputs, real = inputs_of(batch), batch['mask'] > 0
-        features, fresh = features_of(inputs)
-        computed, count = computed + fresh, count + 1
-        others = {k: v for k, v in batch.items() if k not in (*_fields_of(batch, inputs), 'mask', 'index')}
-        for field, values in {**others, 'features': features}.items():
-            column = columns.setdefault(field, np.zeros((source.length, *values.shape[1:]), values.dtype))
-            column[batch['index'][real]] = values[real]
-    what = {0: 'reused', count: 'computed'}.get(computed, f'computed in {computed} of {count} batches, else reused,')
-    say(f"{stage}: features of {source.length:,} examples of '{name}' {what} in {time.perf_counter() - start:.1f} s")
-    return columns
-
-
-def stored_or_run(
-    backbone: Backbone, mesh: jax.sharding.Mesh, *, train: bool
-) -> Callable[[Any], tuple[np.ndarray, bool]]:
-    """Returns inputs -> (features, whether the backbone had to be run for them); what it gives is stored."""
-    run = jax.jit(functools.partial(backbone.endpoints, key=jax.random.key(0), train=train))
-    local = mesh.local_mesh
-    placed = functools.cache(lambda: mesh_lib.put_everywhere(backbone.variables, local))
-
-    @functools.cache
-    def folder(structure, *leaves):
-        # The traced program says all that the model's fields, precision and versions can change.
-        program = run.lower(_shapes(backbone.variables), jax.tree.unflatten(structure, leaves)).as_text()
-        return cached.folder() / cached.content_hash([program, backbone.weights])
-
-    def features_of(inputs):
-        leaves, structure = jax.tree.flatten(_shapes(inputs))
-        path = folder(structure, *leaves) / f'{cached.content_hash(jax.tree.leaves(inputs))}.npy'
-        features = cached.read(path)
-        if features is not None:
-            return features, False
-        features = np.asarray(run(placed(), jax.device_put(inputs, mesh_lib.over_batch(local))))
-        cached.write(path, features)
-        return features, True
-
-    return features_of
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    network = backbone.network(train=train)
+    found = columns(run.mesh, network, name, batches, source.length, keep, f'{stage}: features')
+    return cached.column_source(source, found)
