@@ -1,5 +1,6 @@
 """A run: what its stages share, and the figures, predictions and network that it leaves."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,11 @@ from tl_jax.peft import files as peft_files
 from tl_jax.peft.base import CONSTANTS, ROLE
 from tl_jax.pretrained import save_variables
 from tl_jax.selection import Selection
+from tl_jax.speed import examples_per_second
 from tl_jax.state import Layout, TrainState, variables_of
+
+# The collections of a network; methods keep others beside them.
+NETWORK = ('params', 'batch_stats', CONSTANTS)
 
 
 class Run(NamedTuple):
@@ -39,7 +44,7 @@ def exported(objective: Objective, variables: Mapping[str, Any]) -> dict[str, An
     """The adapted network under its own names, without whatever else the method needed."""
     if objective.export:
         variables = objective.export(variables)
-    network = {name: variables[name] for name in ('params', 'batch_stats', CONSTANTS) if name in variables}
+    network = {name: variables[name] for name in NETWORK if name in variables}
     if objective.figures:
         return network
     return {c: {role: tree[role] for role in ('backbone', 'head', ROLE) if role in tree} for c, tree in network.items()}
@@ -71,10 +76,42 @@ def evaluate_splits(
     return values
 
 
+def figures_of_networks(run: Run, state: TrainState, objective: Objective) -> dict[str, dict[str, Any]]:
+    """Size and speed of the student and of each network that the objective asks but that never learns, by role.
+
+    Those that tell the student's classes apart are evaluated on every split beside it: their figures are given, their
+    predictions stored in `predictions/<role>/`. Speed is that of `logits` on one batch that lies on the devices.
+    """
+    data, fixed = run.experiment.data, {network.role: network for network in objective.fixed}
+    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
+    own = lambda role: {name: variables[name][role] for name in NETWORK if role in variables.get(name, {})}
+    parts = {'student': exported(objective, variables), **{role: own(role) for role in fixed}}
+    found = {
+        name: {'parameters': parameter_count(part['params']), 'bytes': bytes_of(part)} for name, part in parts.items()
+    }
+    split, source = next(iter(data.splits.items()), (None, None))
+    if objective.figures or split is None:
+        return found
+    batch = mesh_lib.put_batch(next(iter(data.batches(split, source))), run.mesh)
+    asked = {'student': objective.predict, **{role: network.endpoints for role, network in fixed.items()}}
+    logits = {name: jax.eval_shape(ask, variables, batch).get('logits') for name, ask in asked.items()}
+    alike = [name for name in asked if logits[name] is not None and logits[name].shape == logits['student'].shape]
+    steps = {name: jax.jit(lambda v, b, ask=asked[name]: ask(v, b)['logits']) for name in alike}
+    count = len(batch['mask'])
+    rates = examples_per_second({name: functools.partial(steps[name], variables, batch) for name in alike}, count)
+    for name, rate in rates.items():
+        found[name] |= {'examples_per_second': rate, 'batch': count}
+    for role in alike[1:]:
+        evaluated = objective._replace(predict=lambda v, b, role=role: {'logits': steps[role](v, b)})
+        found[role]['metrics'] = evaluate_splits(run, state, evaluated, data.splits, store=role)
+    return found
+
+
 def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str, float]) -> dict[str, Any]:
     """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
     config, stage = run.experiment.config, run.experiment.stages[place.stage]
     metrics = {**evaluate_splits(run, state, stage.objective, run.experiment.data.splits, store=''), **spent}
+    networks = figures_of_networks(run, state, stage.objective) if stage.objective.fixed else {}
     network = mesh_lib.to_host(exported(stage.objective, variables_of(state, averaged=config['ema'] > 0)))
     if jax.process_index() == 0:
         leaves, base = peft_files.stored(network, config['model'])
@@ -98,4 +135,5 @@ def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str,
             ],
             'bytes_optimizer': [bytes_of(x.state.opt_state) for x in stages],
         },
+        **({'networks': networks} if networks else {}),
     }
