@@ -88,27 +88,25 @@ def question(case: Case, seed: int, dtype: Any) -> Question:
     return Question({'student': student, 'params': params}, teacher, fields, _cast(state, dtype))
 
 
-def loss(case: Case, asked: Question, seed: int) -> Callable:
-    """learned -> scalar, by our term."""
-    term, key = term_of(case), jax.random.key(seed)
+def asking(case: Case) -> Callable:
+    """(learned, the rest of a question, key) -> our value and its gradients, compiled."""
+    term = term_of(case)
 
-    def value(learned):
+    def value(learned, asked, key):
         pair = Pair(learned['student'], asked.teacher, asked.fields, *case.heads)
         return jnp.mean(term.loss(learned['params'], asked.state, pair, key)[0])
 
-    return value
+    return jax.jit(jax.value_and_grad(value))
 
 
-def answer(case: Case, seed: int = 0, dtype: Any = np.float32) -> tuple[float, dict[str, np.ndarray]]:
+def answer(ask: Callable, asked: Question, seed: int = 0) -> tuple[float, dict[str, np.ndarray]]:
     """Our value, and its gradients by path: 'student/logits', 'params/…'."""
-    asked = question(case, seed, dtype)
-    value, gradients = jax.jit(jax.value_and_grad(loss(case, asked, seed)))(asked.learned)
+    value, gradients = ask(asked.learned, asked._replace(learned={}), jax.random.key(seed))
     return float(value), {path: np.asarray(g) for path, g in flatten(gradients).items()}
 
 
-def torch_answer(case: Case, seed: int = 0) -> tuple[float, dict[str, np.ndarray]]:
+def torch_answer(case: Case, asked: Question) -> tuple[float, dict[str, np.ndarray]]:
     """The reference's value, and its gradients by path, in float64."""
-    asked = question(case, seed, np.float64)
     learned = jax.tree.map(lambda x: torch.from_numpy(np.array(x)).requires_grad_(), asked.learned)
     teacher, fields, state = (
         jax.tree.map(lambda x: torch.from_numpy(np.array(x)), tree)

@@ -25,9 +25,11 @@ def test_value_and_gradients(family, name, case, monkeypatch):
     # Our terms compute in float32 whatever they are given; for this comparison they shall not.
     monkeypatch.setattr(jnp, 'float32', jnp.float64)
     with jax.enable_x64(True):
+        ask = harness.asking(case)
         for seed in (0, 1):
-            value, gradients = harness.answer(case, seed, np.float64)
-            expected, slopes = harness.torch_answer(case, seed)
+            asked = harness.question(case, seed, np.float64)
+            value, gradients = harness.answer(ask, asked, seed)
+            expected, slopes = harness.torch_answer(case, asked)
             assert np.isfinite(expected) and any(np.any(g) for g in slopes.values())
             assert error(np.array(value), np.array(expected)) <= case.tolerance, (value, expected)
             assert set(gradients) == set(slopes)
