@@ -27,6 +27,7 @@ from tl_jax.objectives.language import causal_lm, mlm, regression, token_labelli
 from tl_jax.objectives.matching import coral, dan
 from tl_jax.objectives.meta import joint, maml
 from tl_jax.objectives.multitask import multitask
+from tl_jax.objectives.mutual import mutual
 from tl_jax.objectives.orthogonal import orthogonal
 from tl_jax.objectives.penalties import bss, l1, l2
 from tl_jax.objectives.prototypes import protonet
@@ -68,6 +69,7 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     'coral': coral,
     'dan': dan,
     'multitask': multitask,
+    'mutual': mutual,
     'mcd': mcd,
     'protonet': protonet,
     'maml': maml,

@@ -86,17 +86,15 @@ def distilled(
     facts = {'num_classes': num_classes, 'num_examples': num_examples.get(stream, 0)}
     weighted = terms_from(terms, facts)
     wanted = tuple(dict.fromkeys(name for w in weighted for name in w.term.teacher))
-    if not 0 <= decay <= 1:
-        raise UserError(f'{FIELD}.decay: must lie in 0 … 1, not {decay}; 1 keeps the teacher as the stage finds it')
     check_level(label_weight, f'{FIELD}.label_weight')
     itself = bool(wanted) and not teacher
+    check_decay(decay, itself)
+    if teacher and not wanted:
+        raise UserError(f'{FIELD}.teacher: none of the terms asks a teacher; leave it out, or add such a term')
     # A term without a teacher is still compared once.
     roles = [f'teacher{k}' if k > 1 else 'teacher' for k in range(1, max(1, len(teacher)) + 1)]
     networks = {name: role(name, network) for name, network in zip(roles, teacher, strict=False)}
-    if not isinstance(teacher_weights, str) and len(teacher_weights) != len(roles):
-        raise UserError(
-            f'{FIELD}.teacher_weights: {len(teacher_weights)} numbers for {len(roles)} teachers; give as many'
-        )
+    check_weights(teacher_weights, len(roles))
 
     def endpoints_of(name: str, variables: Any, inputs: Any) -> dict[str, Array]:
         if itself:
@@ -291,6 +289,24 @@ def agreement(student: Mapping[str, Array], teacher: Mapping[str, Array]) -> dic
     if len(both) < 2 or both[0].shape != both[1].shape:
         return {}
     return {'teacher_agreement': jnp.mean(jnp.argmax(both[0], -1) == jnp.argmax(both[1], -1))}
+
+
+def check_weights(weights: str | Sequence[float], count: int) -> None:
+    """Refuses numbers that are no weights of so many teachers."""
+    if isinstance(weights, str):
+        return
+    if len(weights) != count:
+        raise UserError(f'{FIELD}.teacher_weights: {len(weights)} numbers for {count} teachers; give as many')
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise UserError(f'{FIELD}.teacher_weights: must be 0 or more, and one above 0, not {list(weights)}')
+
+
+def check_decay(decay: float, itself: bool) -> None:
+    """Refuses a decay that is no share, or of a teacher that cannot follow."""
+    if not 0 <= decay <= 1:
+        raise UserError(f'{FIELD}.decay: must lie in 0 … 1, not {decay}; 1 keeps the teacher as the stage finds it')
+    if decay < 1 and not itself:
+        raise UserError(f'{FIELD}.decay: is of a student that teaches itself; leave out the teacher, or the decay')
 
 
 def check_level(value: Level, where: str) -> None:
