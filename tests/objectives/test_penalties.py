@@ -40,7 +40,7 @@ def wrapped(model, batch, moved=0.3, **sections):
     for name, fields in sections.items():
         wrapper = objectives.WRAPPERS[name]
         facts = {'model': model, 'num_classes': CLASSES, 'num_examples': {'train': 12}}
-        objective = wrapper(objective, **fields, **experiment_lib._asked(wrapper, facts))
+        objective = wrapper(objective, **fields, **config_lib.asked(wrapper, facts))
     variables = started(objective, objective.init(jax.random.key(0), batch))
     draw = np.random.RandomState(1)
     shift = lambda w: w + moved * draw.normal(size=w.shape).astype(np.float32)
