@@ -94,6 +94,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) ->
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>\n'
 
 
+def bar(share: float) -> str:
+    """A share, 0 … 1, as the filled part of a track; nan is empty."""
+    return f'<span class="track"><span style="width:{100 * np.nan_to_num(share):.0f}%"></span></span>'
+
+
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:
     """Keys to a plot: (colour, glyph, name)."""
     items = ''.join(

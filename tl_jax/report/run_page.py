@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_jax.report import domains, plots, runs, scores, views
+from tl_jax.report import domains, plots, runs, scores, teachers, views
 from tl_jax.report.markup import (
     caption,
     cards,
@@ -41,7 +41,8 @@ def write_run_report(workdir: str | Path) -> Path:
     split = main_split(run)
     predictions, problems = runs.read_predictions(run.path / f'predictions/{split}.npz') if split else (None, [])
     compared, unusable = domains.domain_sections(run)
-    problems = dict.fromkeys([*_notes(run), *problems, *unusable, *_disagreement(run, split, predictions)])
+    taught, lost = teachers.teacher_sections(run, split)
+    problems = dict.fromkeys([*_notes(run), *problems, *unusable, *lost, *_disagreement(run, split, predictions)])
     name = str(run.summary.get('name') or run.path.name)
     body = '\n'.join(
         (
@@ -52,6 +53,7 @@ def write_run_report(workdir: str | Path) -> Path:
             section('Learning curves', learning_curves(run)),
             section('Adaptation', inner_curves(run)),
             section('Privacy', privacy_curve(run)),
+            *taught,
             *compared,
             *(split_sections(split, predictions) if predictions else ()),
             section('What was run', provenance(run)),

@@ -75,3 +75,33 @@ def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, fl
     centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
     return float(max(centre - half, 0)), float(min(centre + half, 1))
+
+
+# Who is right about an example, in the order of `outcomes`.
+OUTCOMES = (
+    'both',
+    'student alone',
+    'teacher alone',
+    'neither, same class',
+    'neither, other classes',
+)
+
+
+def outcomes(
+    label: Int[np.ndarray, 'example'], student: Int[np.ndarray, 'example'], teacher: Int[np.ndarray, 'example']
+) -> Int[np.ndarray, 'example']:
+    """The place in OUTCOMES of each example, by its label and the two predicted classes."""
+    right, taught = student == label, teacher == label
+    return np.select([right & taught, right, taught, student == teacher], [0, 1, 2, 3], 4)
+
+
+def divergence(
+    p: Float[np.ndarray, 'example class'], q: Float[np.ndarray, 'example class']
+) -> Float[np.ndarray, 'example']:
+    """KL(p ‖ q) = Σ_c p_c log(p_c / q_c) of each row, nats; 0 log 0 = 0.
+
+    Probabilities are stored as float32: one that underflowed to 0 counts as the smallest normal number, e^-87.
+    """
+    least = np.finfo(np.float32).tiny
+    p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
+    return np.sum(p * (np.log(np.maximum(p, least)) - np.log(np.maximum(q, least))), 1)

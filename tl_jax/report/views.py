@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tl_jax.report import embedding, plots, scores
-from tl_jax.report.markup import caption, columns, escape, legend, picture, shorten, table
+from tl_jax.report.markup import bar, caption, columns, escape, legend, picture, shorten, table
 from tl_jax.report.runs import Predictions
 
 MAX_CLASSES = 100
@@ -44,14 +44,10 @@ def classes_view(predictions: Predictions) -> str:
     found = scores.class_scores(confusion_of(predictions))
     percent = lambda value: '–' if np.isnan(value) else f'{100 * value:.1f}'
     rows = [
-        [escape(shorten(name, 60)), percent(p), percent(r), percent(f), _bar(f), str(support)]
+        [escape(shorten(name, 60)), percent(p), percent(r), percent(f), bar(f), str(support)]
         for name, p, r, f, support in zip(predictions.class_names, *found, strict=True)
     ]
     return table(['class', 'precision %', 'recall %', 'F1 %', '', 'examples'], rows)
-
-
-def _bar(share: float) -> str:
-    return f'<span class="track"><span style="width:{100 * np.nan_to_num(share):.0f}%"></span></span>'
 
 
 def calibration_of(predictions: Predictions) -> scores.Calibration:
