@@ -69,7 +69,7 @@ def dkd(*, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> T
 
 
 def dist(*, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0) -> Term:
-    """τ² (inter · mean_i (1 - ρ(sᵢ, tᵢ)) + intra · mean_c (1 - ρ(s_c, t_c))) (DIST: Huang et al. 2022, arXiv:2205.10536, eq. 9).
+    """τ² (inter · mean_i (1 - ρ(sᵢ, tᵢ)) + intra · mean_c (1 - ρ(s_c, t_c))) (DIST: Huang et al. 2022, arXiv:2205.10536).
 
     s, t are softmax(logits / τ) [B, C], ρ is Pearson's correlation: of an example's classes, and of a class's examples, for
     which a batch wants many. Without unit. The authors have τ = 4, inter = intra = 2 on CIFAR-100, the defaults on ImageNet.
@@ -91,7 +91,7 @@ def dist(*, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0) ->
 def virtual_teacher(
     *, temperature: float = 20.0, correct: float = 0.99, form: Literal['paper', 'code'] = 'paper'
 ) -> Term:
-    """A teacher by hand, Tf-KD_reg (Yuan et al. 2020, arXiv:1909.11723, eq. 9 and 10), nats per example; no network is asked.
+    """A teacher by hand, Tf-KD_reg (Yuan et al. 2020, arXiv:1909.11723), nats per example; no network is asked.
 
     KL(u_τ ‖ softmax(s / τ)), u = `correct` for the label's class and equal shares of the rest for the others, u_τ ∝ u^(1/τ).
     The authors' code has KL(softmax(u / τ) ‖ softmax(s)): `form='code'`. It also takes the mean over the C classes and has
