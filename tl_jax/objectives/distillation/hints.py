@@ -11,6 +11,7 @@ from tl_jax.objectives.distillation.layers import (
     FIELD,
     Layers,
     aligned,
+    at_least_float32,
     layer_pairs,
     reads,
     require_joinable,
@@ -96,6 +97,44 @@ def vid(*, layers: Layers, variance: float = 5.0) -> Term:
         return value, state
 
     return Term(loss, init=init, **reads(names))
+
+
+def srrl(
+    *, student: str, teacher: str = 'features', feature_weight: float = 1.0, prediction_weight: float = 1.0
+) -> Term:
+    """Softmax regression representation learning (Yang et al. 2021, ICLR, "Knowledge distillation via softmax regression …").
+
+    feature_weight · mean_c (φ_c - h_c)² + prediction_weight · mean_k (W_k φ - W_k h)²    (eq. 3 and 5, as the authors' code)
+
+    h are the teacher's features and W its head, which does not learn; φ is the mean over positions of
+    relu(norm(conv1×1(s))). What the teacher's own classifier makes of the student's features shall be what it makes of its own.
+
+    Args:
+      student: its endpoint, the last map [B, H, W, C] in the paper ('stage3', say), or a vector.
+      teacher: the features [B, D] that its head reads.
+      feature_weight: α.
+      prediction_weight: β.
+    """
+    names = (student, teacher)
+
+    def init(key, pair: Pair):
+        s, t = pair.student[student].shape, pair.teacher[teacher].shape
+        if len(s) not in (2, 4) or len(t) != 2:
+            raise UserError(
+                f"{FIELD}: srrl puts a map or a vector of the student in the place of the teacher's features [B, D]; "
+                f"'{student}' is {list(s)} and '{teacher}' {list(t)}"
+            )
+        return projector_init(key, s[-1], t[-1], norm=True)
+
+    def loss(params, state, pair, key):
+        s, t = (at_least_float32(side[name]) for side, name in zip((pair.student, pair.teacher), names, strict=True))
+        phi = nn.relu(project(params, s))
+        phi = phi if phi.ndim == 2 else jnp.mean(phi, (1, 2))
+        predicted, wanted = pair.teacher_head(phi), pair.teacher_head(t)
+        features, logits = (mean_of_example(jnp.square(a - b)) for a, b in ((phi, t), (predicted, wanted)))
+        return feature_weight * features + prediction_weight * logits, state
+
+    return Term(loss, init=init, **reads([names]))
 
 
 def each_layer(key: Array, pair: Pair, names, make) -> dict:
