@@ -39,6 +39,7 @@ class Case(NamedTuple):
         the term keeps a state, `fields['state']` is it.
       passes: seed -> [(teacher's endpoints, fields), …] over the whole data, for a term that looks over it.
       heads: (student's, teacher's): features -> logits, in jax.numpy.
+      stopped: the student's endpoints through which no gradient goes, where it teaches itself.
       tolerance: of values and gradients in float64, relative to the largest number.
       single: the same of ours in float32.
     """
@@ -48,14 +49,19 @@ class Case(NamedTuple):
     reference: Callable[..., Any]
     passes: Callable[[int], list[tuple[dict, dict]]] | None = None
     heads: tuple[Callable, Callable] = (None, None)
+    stopped: tuple[str, ...] = ()
     tolerance: float = 1e-7
     single: float = 2e-4
 
 
 class Question(NamedTuple):
-    """A case's numbers, ours to answer: `learned` = {'student': endpoints, 'params': …} is what gradients are taken of."""
+    """A case's numbers, ours to answer: `learned` = {'student': endpoints, 'params': …} is what gradients are taken of.
+
+    `constant` are the student's endpoints that are no floats, such as a mask, or that no gradient goes through.
+    """
 
     learned: dict[str, Any]
+    constant: dict[str, Any]
     teacher: dict[str, Any]
     fields: dict[str, Any]
     state: dict[str, Any]
@@ -85,7 +91,10 @@ def question(case: Case, seed: int, dtype: Any) -> Question:
     state = term.state(key, pair)
     if case.passes:
         state = term.refresh(state, _pairs(case, seed, dtype))
-    return Question({'student': student, 'params': params}, teacher, fields, _cast(state, dtype))
+    still = lambda name, x: name in case.stopped or not np.issubdtype(x.dtype, np.floating)
+    constant = {name: x for name, x in student.items() if still(name, x)}
+    floats = {name: x for name, x in student.items() if name not in constant}
+    return Question({'student': floats, 'params': params}, constant, teacher, fields, _cast(state, dtype))
 
 
 def asking(case: Case) -> Callable:
@@ -93,7 +102,7 @@ def asking(case: Case) -> Callable:
     term = term_of(case)
 
     def value(learned, asked, key):
-        pair = Pair(learned['student'], asked.teacher, asked.fields, *case.heads)
+        pair = Pair({**learned['student'], **asked.constant}, asked.teacher, asked.fields, *case.heads)
         return jnp.mean(term.loss(learned['params'], asked.state, pair, key)[0])
 
     return jax.jit(jax.value_and_grad(value))
@@ -108,15 +117,15 @@ def answer(ask: Callable, asked: Question, seed: int = 0) -> tuple[float, dict[s
 def torch_answer(case: Case, asked: Question) -> tuple[float, dict[str, np.ndarray]]:
     """The reference's value, and its gradients by path, in float64."""
     learned = jax.tree.map(lambda x: torch.from_numpy(np.array(x)).requires_grad_(), asked.learned)
-    teacher, fields, state = (
+    constant, teacher, fields, state = (
         jax.tree.map(lambda x: torch.from_numpy(np.array(x)), tree)
-        for tree in (asked.teacher, asked.fields, asked.state)
+        for tree in (asked.constant, asked.teacher, asked.fields, asked.state)
     )
     # torch takes indices in 64 bits alone.
     fields = {name: x.long() if not x.is_floating_point() else x for name, x in fields.items()}
     if state:
         fields['state'] = state
-    value = case.reference(learned['student'], teacher, fields, learned['params'])
+    value = case.reference({**learned['student'], **constant}, teacher, fields, learned['params'])
     value.backward()
     return value.item(), {
         path: np.zeros(x.shape) if x.grad is None else x.grad.numpy() for path, x in flatten(learned).items()
