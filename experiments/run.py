@@ -133,7 +133,8 @@ def trained(bench: Bench, cell: Cell, seed: int, candidate: str, *, refit: bool 
     """The directory of a finished run, trained or resumed if need be; first the cell that it comes after."""
     source = None
     if cell.after:
-        base = record(bench, bench.table.cells[cell.after], seed)
+        first = seed if cell.after_seed is None else cell.after_seed
+        base = record(bench, bench.table.cells[cell.after], first)
         source = os.path.relpath(base / 'model.safetensors')
     config = config_of(bench.table, cell, seed, candidate=candidate, source=source, quick=bench.quick, refit=refit)
     run = run_directory(bench, cell, seed, 'refit' if refit else candidate)
@@ -150,7 +151,7 @@ def finished(bench: Bench, config: Mapping[str, Any], run: Path) -> Mapping[str,
 
 def run_directory(bench: Bench, cell: Cell, seed: int, candidate: str) -> Path:
     """`<workdir>/<cell>/seed<N>[/<candidate, or refit>]`; cells that differ by their metric alone share a run."""
-    declared = lambda c: (c.config, c.overrides, c.after, c.candidates, c.refit)
+    declared = lambda c: (c.config, c.overrides, c.after, c.into, c.after_seed, c.candidates, c.refit)
     first = next(c for c in bench.table.cells.values() if declared(c) == declared(cell))
     return bench.workdir / first.folder / f'seed{seed}' / quote(candidate, safe='=,')
 

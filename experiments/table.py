@@ -35,7 +35,11 @@ from tl_jax.errors import UserError, nearest
 
 HERE = Path(__file__).resolve().parent
 # A measured figure in a table's unit; in any unit that is not named here, as it is.
-UNITS: Mapping[str, Callable[[float], float]] = {'%': lambda x: 100 * x, 'error %': lambda x: 100 * (1 - x)}
+UNITS: Mapping[str, Callable[[float], float]] = {
+    '%': lambda x: 100 * x,
+    'error %': lambda x: 100 * (1 - x),
+    'mistakes of 10,000': lambda x: 10_000 * (1 - x),
+}
 DURATIONS = ('steps', 'epochs', 'examples')
 REVERSE = 'reverse validation'
 # Fields that change what is said of a run, and no number of it.
@@ -57,7 +61,9 @@ class Cell(NamedTuple):
       source: where the figure stands.
       metric: of the run's summary; `name@step` reads a record instead; the table's METRIC unless given.
       unit: the table's UNIT unless given.
-      after: name of the cell whose model this one starts from.
+      after: name of the cell whose model this one starts from, or learns from.
+      into: the field of the config that names that model.
+      after_seed: of that cell, where all seeds share one; the cell's own unless given.
       candidates: overrides among which the table's SELECTION chooses, for every seed anew.
       refit: a config that the chosen candidate's overrides are put into and that gives the figure, without selection: the
         same network on training and validation images together, say.
@@ -74,6 +80,8 @@ class Cell(NamedTuple):
     metric: str = ''
     unit: str = ''
     after: str = ''
+    into: str = 'model.source'
+    after_seed: int | None = None
     candidates: Sequence[Mapping[str, Any]] = ()
     refit: str = ''
 
@@ -212,7 +220,7 @@ def config_of(
     config = ml_collections.ConfigDict(copy.deepcopy(_loaded(cell.refit if refit else cell.config)))
     overrides = cell.overrides(seed) if callable(cell.overrides) else cell.overrides or {}
     select_by = {'select_by': table.selection} if table.selection not in ('', REVERSE) and not refit else {}
-    begin = {'model.source': source} if source else {}
+    begin = {cell.into: source} if source else {}
     extra = table.quick if quick else {}
     for change in (select_by, overrides, candidates_of(cell)[candidate], begin, extra, {'seed': seed}):
         for field, value in change.items():
@@ -226,7 +234,8 @@ def fingerprint(table: Table, cell: Cell, seed: int, *, quick: bool = False) -> 
     Fields at their default are left out, so that a new field of tl_jax leaves the results valid.
     """
     base = table.cells.get(cell.after)
-    source = f'after {fingerprint(table, base, seed, quick=quick)}' if base else None
+    first = seed if cell.after_seed is None else cell.after_seed
+    source = f'after {fingerprint(table, base, first, quick=quick)}' if base else None
     configs = {}
     for label, refit in itertools.product(candidates_of(cell), (False, True) if cell.refit else (False,)):
         config = config_of(table, cell, seed, candidate=label, source=source, quick=quick, refit=refit)

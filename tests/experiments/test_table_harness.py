@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import statistics
 import types
 
@@ -240,6 +241,20 @@ def test_a_fingerprint_covers_the_base_and_ignores_names_and_places(tmp_path, co
     table = table_of([base])
     assert fingerprint(table, base, 0) == fingerprint(table, named, 0) != fingerprint(table, base, 1)
     assert fingerprint(table, base, 0, quick=True) != fingerprint(table, base, 0)
+
+
+def test_one_model_may_teach_every_seed_in_a_field_of_its_own(tmp_path, config_file):
+    cells = [
+        Cell('s', 'x', config_file),
+        Cell('t', 'x', config_file, {'batch_size': 9}, after='s/x', into='objective.name', after_seed=0),
+    ]
+    bench = bench_of(tmp_path, table_of(cells))
+    assert run.run_cells(bench, ['t/x'], (1, 2)) == []
+    (first, _), *taught = bench.train.runs
+    assert first == str(tmp_path / 'runs/s.x/seed0') and len(taught) == 2
+    for path, config in taught:
+        assert os.path.abspath(config['objective']['name']) == f'{first}/model.safetensors', path
+        assert config['model']['source'] is None
 
 
 def test_quick_is_tiny_and_never_mixes_with_results(tmp_path, config_file):
