@@ -5,9 +5,10 @@ Devlin et al. 2018 (arXiv:1810.04805), its miniatures Turc et al. 2019 (arXiv:19
 
 Inputs: tokens int32 [batch, length], those equal to `pad_id` being no text; or `{'tokens', 'mask', 'segments'}`, the
 last two optional: mask bool [batch, length], true for what is text, and segments int32 [batch, length], 1 in a pair's
-second text. Endpoints: `embeddings`, `block1`, … [batch, length, width], `features` [batch, width] float32, and where
-asked for `mlm_logits` [batch, length, vocabulary] float32, or [batch, count, vocabulary] for the places `masked` int32
-[batch, count] alone, if the inputs have them. Modules: `token`, `position`, `segment`, `norm`, `project`,
+second text. Endpoints: `mask` as above, `embeddings`, `block1`, … [batch, length, width], `features` [batch, width] float32, and
+where asked for `block1_query`, `block1_key`, `block1_value`, … [batch, length, heads, head width], and `mlm_logits` [batch,
+length, vocabulary] float32, or [batch, count, vocabulary] for the places `masked` int32 [batch, count] alone, if the inputs
+have them. Modules: `token`, `position`, `segment`, `norm`, `project`,
 `block{i}/{attention,norm1,mlp,norm2}`, `pooler`, `mlm/{dense,norm}`.
 """
 
@@ -46,6 +47,7 @@ class Bert(nn.Module):
       epsilon: of the norms.
       pool: the features: 'cls' is the first token, 'pooler' the dense layer on it, 'mean' over the text's tokens.
       mlm_head: whether there are `mlm_logits`, of the masked language model.
+      projections: whether there are `block1_query`, …, of which a distillation takes relations of tokens.
       dropout: of the embeddings, the attention weights and each branch, in training.
       dtype: of the computation.
     """
@@ -64,6 +66,7 @@ class Bert(nn.Module):
     epsilon: float = 1e-12
     pool: Literal['cls', 'pooler', 'mean'] = 'pooler'
     mlm_head: bool = False
+    projections: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -89,14 +92,17 @@ class Bert(nn.Module):
         tokens, mask, segments = text_inputs(inputs, self.pad_id, self.length)
         token = nn.Embed(self.vocabulary, self._embedding_width, embedding_init=INIT, name='token')
         x = self._embedded(token(tokens), tokens, segments, train)
-        endpoints = {'embeddings': x}
+        endpoints = {'mask': mask, 'embeddings': x}
         for i in range(1, self.depth + 1):
+            shown = {}
             attention = Attention(self.heads, dropout=self.dropout, dtype=self.dtype, parent=None)
             block = Block(
                 attention, self.mlp_width, self.activation, self.epsilon, self.dropout, self.dtype, name=f'block{i}'
             )
-            x = block(x, train, mask=mask[:, None, None, :])
+            x = block(x, train, mask=mask[:, None, None, :], projections=shown)
             endpoints[f'block{i}'] = x
+            if self.projections:
+                endpoints |= {f'block{i}_{name}': heads for name, heads in shown.items()}
         endpoints['features'] = pooled(x, mask, self.pool, POOLER[self.kind], self.dtype)
         if self.mlm_head:
             activation = self.activation if self.kind in ('bert', 'distilbert') else 'gelu'

@@ -150,6 +150,8 @@ def attend(
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself, or to `context`. Modules: `query`, `key`, `value`, `out`.
 
+    A dict given as `projections` receives `query`, `key` and `value` [batch, length, heads, head width].
+
     Attributes:
       heads: of the queries.
       head_dim: width of a head; the input's width / heads unless given.
@@ -173,6 +175,7 @@ class Attention(nn.Module):
         *,
         mask: Array | None = None,
         bias: Array | None = None,
+        projections: dict[str, Array] | None = None,
         train: bool = False,
     ) -> Float[Array, 'batch queries width']:
         context = x if context is None else context
@@ -183,6 +186,8 @@ class Attention(nn.Module):
             )
             for name, inputs in (('query', x), ('key', context), ('value', context))
         ]
+        if projections is not None:
+            projections.update(zip(('query', 'key', 'value'), projected, strict=True))
         drop = nn.Dropout(self.dropout, deterministic=not train)
         y = attend(*projected, mask=mask, bias=bias, drop=drop, dtype=self.dtype)
         return Dense(x.shape[-1], self.out_bias, self.dtype, name='out')(y.reshape(*x.shape[:2], self.heads * dim))
