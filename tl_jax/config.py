@@ -45,7 +45,9 @@ DEFAULTS = {
     'report_before': False,  # whether the report also shows the predictions with which the last stage begins
     'patience': 0,  # evaluations without a better `select_by` before a stage ends; 0 for never
     'cache_features': True,  # whether a frozen backbone runs once over each example where it can: tl_jax.features
-    'cache_dtype': 'float32',  # of the features on disk; or 'float16'
+    'cache_dtype': 'float32',  # of what is cached; or 'float16'
+    'cache_teacher': True,  # whether a fixed teacher runs once over each example where it can: tl_jax.teaching
+    'cache_top_k': 0,  # of a cached teacher's logits those kept, and the log of the others' mass; 0 for all
     'probe': {},  # of --mode=probe: tl_jax.probe.Protocol
     'mesh': {},  # tl_jax.mesh.create_mesh
     'sharding': [],  # rules over parameters; what none matches is replicated

@@ -24,10 +24,11 @@ from tl_jax.guard import settle
 from tl_jax.objectives import Objective, started
 from tl_jax.optimizers import Partition
 from tl_jax.progress import Progress, say
-from tl_jax.run import Run, evaluate_splits, final_figures
+from tl_jax.run import Run, evaluate_splits, final_figures, fixed_figures
 from tl_jax.selection import selection_from
 from tl_jax.state import TrainState, create_state, enter_stage, variables_of, with_variables
 from tl_jax.step import create_train_step, layouts
+from tl_jax.teaching import with_teachers
 
 
 class Preempted(Exception):
@@ -80,7 +81,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
             if place is None or place.stage != number:
                 place = Place(number, int(state.step))
                 state = begin_stage(run, state, number)
-            seen = with_features(run, state, number)
+            seen = with_features(with_teachers(run, state, number), state, number)
             state = train_stage(seen, state, place, asked_to_stop)
         checkpoints.wait()
         comparable = [r for r in log.records if r['stage'] >= experiment.first_comparable]
@@ -90,7 +91,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
             seen = seen if place.stage == number else with_features(run, state, place.stage)
         # What was spent counts to the last step, whichever checkpoint is chosen: the choice has seen them all.
         spent = experiment.stages[-1].gradient.figures(steps - place.first_step)
-        summary = {'steps': steps, **final_figures(seen, state, place, spent), 'seconds': seconds(), **about}
+        figures = {**final_figures(seen, state, place, spent), **fixed_figures(run, state, place)}
+        summary = {'steps': steps, **figures, 'seconds': seconds(), **about}
         if jax.process_index() == 0:
             workdir_lib.write_json(workdir / 'summary.json', summary)
     return state
