@@ -14,18 +14,20 @@ from tl_jax.train import train_and_evaluate
 CLASSES = [3, 11, 0, 7, 1, 9, 2, 4, 10, 5]
 TEACHER = {'name': 'convnet', 'widths': [4], 'num_classes': 12}
 SOFT = {'name': 'soft_targets', 'temperature': 2.0}
-STAGE = {'steps': 2, 'train': [['.*', {'name': 'adam', 'lr': 1e-3}]]}
 
 
-def summary_of(config, workdir, **distilled):
-    config = config(objective={'name': 'supervised', 'distilled': distilled}, stages=[STAGE])
+def summary_of(config, workdir, rule='.*', **distilled):
+    data = config()['data'] | {'train': 'sklearn:digits/train[:32]'}
+    stage = {'steps': 2, 'train': [[rule, {'name': 'adam', 'lr': 1e-3}]]}
+    config = config(objective={'name': 'supervised', 'distilled': distilled}, stages=[stage], data=data)
     state = train_and_evaluate(config, workdir)
     return config, state, json.loads((workdir / 'summary.json').read_text())
 
 
 def test_teachers_are_stored_and_measured_beside_the_student(digits_config, tmp_path):
+    # Only the head learns: the stage itself sees features, from which no teacher could say anything.
     config, state, summary = summary_of(
-        digits_config, tmp_path, teacher=[TEACHER, TEACHER], classes=CLASSES, terms=[SOFT]
+        digits_config, tmp_path, 'head/.*', teacher=[TEACHER, TEACHER], classes=CLASSES, terms=[SOFT]
     )
     # 3×3 convolutions and their biases, halved sides of 8×8 pixels, a head of 10 or 12 classes.
     student = (9 * 8 + 8) + (9 * 8 * 16 + 16) + (2 * 2 * 16 * 10 + 10)

@@ -76,42 +76,10 @@ def evaluate_splits(
     return values
 
 
-def figures_of_networks(run: Run, state: TrainState, objective: Objective) -> dict[str, dict[str, Any]]:
-    """Size and speed of the student and of each network that the objective asks but that never learns, by role.
-
-    Those that tell the student's classes apart are evaluated on every split beside it: their figures are given, their
-    predictions stored in `predictions/<role>/`. Speed is that of `logits` on one batch that lies on the devices.
-    """
-    data, fixed = run.experiment.data, {network.role: network for network in objective.fixed}
-    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
-    own = lambda role: {name: variables[name][role] for name in NETWORK if role in variables.get(name, {})}
-    parts = {'student': exported(objective, variables), **{role: own(role) for role in fixed}}
-    found = {
-        name: {'parameters': parameter_count(part['params']), 'bytes': bytes_of(part)} for name, part in parts.items()
-    }
-    split, source = next(iter(data.splits.items()), (None, None))
-    if objective.figures or split is None:
-        return found
-    batch = mesh_lib.put_batch(next(iter(data.batches(split, source))), run.mesh)
-    asked = {'student': objective.predict, **{role: network.endpoints for role, network in fixed.items()}}
-    logits = {name: jax.eval_shape(ask, variables, batch).get('logits') for name, ask in asked.items()}
-    alike = [name for name in asked if logits[name] is not None and logits[name].shape == logits['student'].shape]
-    steps = {name: jax.jit(lambda v, b, ask=asked[name]: ask(v, b)['logits']) for name in alike}
-    count = len(batch['mask'])
-    rates = examples_per_second({name: functools.partial(steps[name], variables, batch) for name in alike}, count)
-    for name, rate in rates.items():
-        found[name] |= {'examples_per_second': rate, 'batch': count}
-    for role in alike[1:]:
-        evaluated = objective._replace(predict=lambda v, b, role=role: {'logits': steps[role](v, b)})
-        found[role]['metrics'] = evaluate_splits(run, state, evaluated, data.splits, store=role)
-    return found
-
-
 def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str, float]) -> dict[str, Any]:
     """Evaluates the selected state on every split, stores its predictions and the model, and returns the summary."""
     config, stage = run.experiment.config, run.experiment.stages[place.stage]
     metrics = {**evaluate_splits(run, state, stage.objective, run.experiment.data.splits, store=''), **spent}
-    networks = figures_of_networks(run, state, stage.objective) if stage.objective.fixed else {}
     network = mesh_lib.to_host(exported(stage.objective, variables_of(state, averaged=config['ema'] > 0)))
     if jax.process_index() == 0:
         leaves, base = peft_files.stored(network, config['model'])
@@ -135,5 +103,45 @@ def final_figures(run: Run, state: TrainState, place: Place, spent: Mapping[str,
             ],
             'bytes_optimizer': [bytes_of(x.state.opt_state) for x in stages],
         },
-        **({'networks': networks} if networks else {}),
     }
+
+
+def fixed_figures(run: Run, state: TrainState, place: Place) -> dict[str, Any]:
+    """`{'networks': {role: size and speed}}` of the student and of the networks that its objective asks but that never learn.
+
+    Those that tell the student's classes apart are evaluated on every split beside it: their figures are given, their
+    predictions stored in `predictions/<role>/`. Speed is that of `logits`, of one batch that lies on the devices.
+
+    Args:
+      run: its batches and objectives are those of the inputs, not of what a network said of them before.
+      state: the selected one.
+      place: its place.
+    """
+    data, objective = run.experiment.data, run.experiment.stages[place.stage].objective
+    if not objective.fixed:
+        return {}
+    variables = variables_of(state, averaged=run.experiment.config['ema'] > 0)
+    own = lambda role: {name: variables[name][role] for name in NETWORK if role in variables.get(name, {})}
+    parts = {'student': exported(objective, variables), **{fixed.role: own(fixed.role) for fixed in objective.fixed}}
+    size = lambda part: {'parameters': parameter_count(part['params']), 'bytes': bytes_of(part)}
+    found = {name: size(part) for name, part in parts.items()}
+    split, source = next(iter(data.splits.items()), (None, None))
+    if objective.figures or split is None:
+        return {'networks': found}
+    batch = mesh_lib.put_batch(next(iter(data.batches(split, source))), run.mesh)
+    told = logits_of(objective, variables, batch)
+    calls = {name: functools.partial(ask, variables, batch) for name, ask in told.items()}
+    for name, rate in examples_per_second(calls, len(batch['mask'])).items():
+        found[name] |= {'examples_per_second': rate, 'batch': len(batch['mask'])}
+    for role in list(told)[1:]:
+        judged = objective._replace(predict=lambda v, b, role=role: {'logits': told[role](v, b)})
+        found[role]['metrics'] = evaluate_splits(run, state, judged, data.splits, store=role)
+    return {'networks': found}
+
+
+def logits_of(objective: Objective, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Callable]:
+    """`{role: (variables, batch) -> logits}` of the student and of the fixed networks that tell its classes apart."""
+    asked = {'student': objective.predict, **{fixed.role: fixed.endpoints for fixed in objective.fixed}}
+    shapes = {name: jax.eval_shape(ask, variables, batch).get('logits') for name, ask in asked.items()}
+    alike = [name for name, shape in shapes.items() if shape is not None and shape.shape == shapes['student'].shape]
+    return {name: jax.jit(lambda v, b, ask=asked[name]: ask(v, b)['logits']) for name in alike}

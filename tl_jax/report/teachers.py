@@ -109,7 +109,7 @@ def agreement_view(told: Mapping[str, Networks]) -> str:
     head = ['split', 'teacher', 'examples', 'student %', 'teacher %', 'agreement %', 'KL(teacher ‖ student)']
     said = (
         'Agreement: both name one class, right or wrong. KL: mean over examples at temperature 1, in nats; the first is '
-        'large where the student rules out what the teacher holds possible, the second where the teacher does.'
+        'large where the student rules out what the teacher holds possible, the second the other way round.'
     )
     return table([*head, 'KL(student ‖ teacher)'], rows, texts=2) + caption(said)
 
@@ -127,8 +127,8 @@ def calibration_view(judged: Networks) -> str:
     """The reliability diagrams side by side."""
     drawn = [f'<h3>{escape(name)}</h3>{plots.reliability(views.calibration_of(said))}' for name, said in judged.items()]
     said = (
-        'Bar: accuracy within a fifteenth of the confidence scale; tick: mean confidence there; orange: overconfidence. '
-        'What a teacher overstates, a student may learn.'
+        'Bar: accuracy within a fifteenth of the confidence scale; tick: mean confidence there; orange: overconfidence '
+        '(Guo et al. 2017).'
     )
     return columns(*drawn) + caption(said) if drawn else ''
 
