@@ -10,6 +10,7 @@ from tl_jax.objectives.distillation.factors import factor_transfer
 from tl_jax.objectives.distillation.hints import hints, srrl, vid
 from tl_jax.objectives.distillation.logits import dist, dkd, hard_targets, soft_targets, virtual_teacher
 from tl_jax.objectives.distillation.overhaul import ofd
+from tl_jax.objectives.distillation.prototypes import prototypes
 from tl_jax.objectives.distillation.relations import correlation, correlation_code, ickd, nst, pkt, rkd, similarity
 from tl_jax.objectives.distillation.review import reviewkd
 from tl_jax.objectives.distillation.text import (
@@ -44,6 +45,7 @@ TERMS: Mapping[str, Callable[..., Term]] = {
     'correlation_code': correlation_code,
     'ickd': ickd,
     'nst': nst,
+    'prototypes': prototypes,
     'token_targets': token_targets,
     'token_cosine': token_cosine,
     'hidden_states': hidden_states,
