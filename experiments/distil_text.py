@@ -17,15 +17,13 @@ METHODS = ('labels', 'logits', 'soft')
 TEACHER = Cell('teacher', 'encoder', 'configs/distil_text.py:teacher')
 
 
-def teacher_of(seed: int) -> dict[str, str]:
-    """The override that names the teacher's weights, in the default --workdir."""
-    return {'objective.distilled.teacher.source': f'runs/distil_text/{TEACHER.folder}/seed{seed}/model.safetensors'}
+def taught(student: str, method: str) -> Cell:
+    config = f'configs/distil_text.py:{student},{method}'
+    if method == 'labels':
+        return Cell(method, student, config)
+    return Cell(method, student, config, after=TEACHER.name, into='objective.distilled.teacher.source')
 
 
-CELLS = [TEACHER] + [
-    Cell(method, student, f'configs/distil_text.py:{student},{method}', None if method == 'labels' else teacher_of)
-    for student in STUDENTS
-    for method in METHODS
-]
+CELLS = [TEACHER, *(taught(student, method) for student in STUDENTS for method in METHODS)]
 RELATIONS = [f'{method}/{student} > labels/{student}' for student in STUDENTS for method in METHODS[1:]]
 QUICK = {'stages[*].epochs': 0.01}
