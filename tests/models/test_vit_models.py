@@ -29,7 +29,8 @@ def test_endpoints(name):
     module, _, endpoints = shapes(name, num_classes=3, depth=2)
     backbone = module.backbone
     blocks = ['block1', 'block2']
-    assert set(endpoints) == {'embedding', *blocks, 'encoded', 'features', 'logits'}
+    two = {'class_logits', 'distillation_logits'} if backbone.distilled else set()
+    assert set(endpoints) == {'embedding', *blocks, 'encoded', 'features', 'logits', *two}
     tokens = 1 + backbone.distilled + backbone.num_registers + (64 // backbone.patch_size) * (48 // backbone.patch_size)
     assert all(endpoints[block].shape == (2, tokens, backbone.width) for block in blocks)
     assert endpoints['features'].shape == (2, (1 + backbone.distilled) * backbone.width)

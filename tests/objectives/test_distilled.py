@@ -287,3 +287,32 @@ def test_an_objective_without_endpoints_has_nothing_to_compare(config, adaptatio
     whole['objective'] |= {'distilled': {'teacher': SMALL, 'terms': [SOFT]}}
     with pytest.raises(UserError, match="wants the student's 'logits', and this objective shows no endpoints"):
         parts(whole)
+
+
+@pytest.mark.parametrize('term', [dict(HARD, weight=0.5), dict(SOFT, weight=0.5)], ids=lambda term: term['name'])
+def test_the_distillation_token_learns_from_the_teacher_and_the_class_token_from_labels(config, term):
+    """Touvron et al. 2020, eq. 2 and 3: each head has its own loss, and the prediction is the mean of both."""
+    model = dict(name='deit_tiny_distilled_patch16', width=6, depth=1, heads=2, image_size=8, patch_size=4)
+    whole = config(
+        teacher=LINEAR, terms=[dict(term, student='distillation_logits')], label_weight=0.5, changes={'model': model}
+    )
+    whole['objective']['logits'] = 'class_logits'
+    built, _, now = parts(whole)
+    fields = built.batch['train']
+    outputs = jax.jit(built.stages[0].objective.predict)(now, fields)
+    tokens, head = np.asarray(outputs['features'], np.float64), now['params']['head']
+    by = lambda x, w: x @ np.asarray(w['kernel'], np.float64) + np.asarray(w['bias'], np.float64)
+    s, d = by(tokens[:, :6], head), by(tokens[:, 6:], head['distillation'])
+    np.testing.assert_allclose(outputs['logits'], (s + d) / 2, rtol=1e-4, atol=1e-5)
+    t = logits(now['params']['teacher'], fields['image'])
+    learnt = cross_entropy(d, t.argmax(-1)) if term['name'] == 'hard_targets' else soft(d, t)
+    value, aux = loss(built, now)
+    assert value == pytest.approx(0.5 * np.mean(cross_entropy(s, fields['label'])) + 0.5 * np.mean(learnt), rel=1e-4)
+    assert float(aux.metrics['accuracy']) == np.mean(s.argmax(-1) == fields['label'])
+
+
+def test_labels_judge_an_endpoint_that_there_is(config):
+    whole = config(teacher=LINEAR)
+    whole['objective']['logits'] = 'class_logits'
+    with pytest.raises(UserError, match="objective.logits: the network gives no 'class_logits'; did you mean 'logits'"):
+        parts(whole)

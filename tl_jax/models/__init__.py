@@ -40,7 +40,7 @@ from tl_jax.models import (
     vit,
     wide_resnet,
 )
-from tl_jax.models.heads import HEADS
+from tl_jax.models.heads import HEADS, Distilled
 
 FAMILIES = (
     bert,
@@ -78,10 +78,12 @@ class Classifier(nn.Module):
     head: nn.Module | None = None
 
     def __call__(self, image: Float[Array, 'batch height width channels'], train: bool = False) -> dict[str, Array]:
-        """Returns the backbone's endpoints, with `logits` [batch, classes] where there is a head."""
+        """Returns the backbone's endpoints, with `logits` [batch, classes] where there is a head, and with each of two heads'."""
         endpoints = self.backbone(image, train)
         if self.head is None:
             return endpoints
+        if isinstance(self.head, Distilled):
+            return {**endpoints, **self.head.endpoints(endpoints['features'])}
         return {**endpoints, 'logits': self.classify(endpoints['features'], train)}
 
     def classify(self, features: Float[Array, 'batch dim'], train: bool = False) -> Float[Array, 'batch classes']:

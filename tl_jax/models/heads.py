@@ -44,12 +44,17 @@ class Distilled(nn.Module):
 
     num_classes: int
 
-    @nn.compact
     def __call__(self, features: Float[Array, 'batch dim'], train: bool = False) -> Float[Array, 'batch classes']:
+        return self.endpoints(features)['logits']
+
+    @nn.compact
+    def endpoints(self, features: Float[Array, 'batch dim']) -> dict[str, Float[Array, 'batch classes']]:
+        """`class_logits` and `distillation_logits`, by each head alone, and `logits`, their mean."""
         token, distillation = jnp.split(features.astype(jnp.float32), 2, -1)
         kernel = self.param('kernel', uniform, (token.shape[-1], self.num_classes), jnp.float32)
-        logits = token @ kernel + self.param('bias', nn.initializers.zeros, (self.num_classes,), jnp.float32)
-        return 0.5 * (logits + Linear(self.num_classes, name='distillation')(distillation))
+        one = token @ kernel + self.param('bias', nn.initializers.zeros, (self.num_classes,), jnp.float32)
+        other = Linear(self.num_classes, name='distillation')(distillation)
+        return {'class_logits': one, 'distillation_logits': other, 'logits': 0.5 * (one + other)}
 
 
 class Mlp(nn.Module):

@@ -39,7 +39,8 @@ class VisionTransformer(nn.Module):
       mlp: 'mlp', or 'swiglu', `dense2(silu(gate(x)) · dense1(x))`.
       activation: of the MLP.
       use_cls: whether there is a class token.
-      distilled: whether there is a distillation token, too; `features` are then both tokens [batch, 2 · width].
+      distilled: whether there is a distillation token, too; `features` are then both tokens [batch, 2 · width], and beside
+        `logits`, the mean of both heads, there are `class_logits` and `distillation_logits`.
       num_registers: further tokens, without a position.
       embed_prefix: whether class and distillation token have position embeddings.
       antialias: of their resizing, as `resize_positions` has it.

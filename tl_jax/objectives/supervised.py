@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax import nn
 
+from tl_jax.errors import UserError, nearest
 from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, label_of
 
 
@@ -16,13 +17,15 @@ def supervised(
     stream: str = 'train',
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
+    logits: str = 'logits',
 ) -> Objective:
     """Cross-entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567, sec. 7) and class weights.
 
     loss = sum_i w[y_i] CE(logits_i, (1 - s) onehot(y_i) + s / C) / sum_i w[y_i]
 
     Expects its stream: image [B, H, W, C]; label [B] int, or target [B, C], rows summing to 1, where a view has mixed
-    them (its weight is then its classes' weights in its proportions). Returns nats per example.
+    them (its weight is then its classes' weights in its proportions). `logits` names the endpoint [B, C] that the labels judge,
+    'class_logits' of a DeiT with two heads; the prediction is `logits` in any case. Returns nats per example.
     """
     weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
 
@@ -32,12 +35,14 @@ def supervised(
     def loss(variables, batch, key):
         fields = batch[stream]
         outputs, collections = forward(model, variables, inputs_of(fields), key)
-        logits = outputs['logits'].astype(jnp.float32)
+        if logits not in outputs:
+            raise UserError(f"config.objective.logits: the network gives no '{logits}'; {nearest(logits, outputs)}")
+        found = outputs[logits].astype(jnp.float32)
         target = fields['target'] if 'target' in fields else nn.one_hot(label_of(fields), num_classes)
         smooth = optax.smooth_labels(target, label_smoothing)
-        share = jnp.ones(logits.shape[0]) if weights is None else target @ weights
-        value = jnp.sum(share * optax.softmax_cross_entropy(logits, smooth)) / jnp.sum(share)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(target, -1))
+        share = jnp.ones(found.shape[0]) if weights is None else target @ weights
+        value = jnp.sum(share * optax.softmax_cross_entropy(found, smooth)) / jnp.sum(share)
+        accuracy = jnp.mean(jnp.argmax(found, -1) == jnp.argmax(target, -1))
         return value, Aux({'accuracy': accuracy}, collections, endpoints=outputs)
 
     def predict(variables, batch):
