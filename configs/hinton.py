@@ -52,17 +52,14 @@ def student(arg: str) -> ml_collections.ConfigDict:
         c.objective = dict(
             name='unsupervised', distilled=dict(teacher=dict(layers(1200), source=TEACHER), terms=[soft])
         )
-    if arg == 'omitted':
-        c.data.train = dict(spec=f'{MNIST}/train', omit=[3])
     return c
 
 
 def common(arg: str) -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.name = f'Hinton 2015 on MNIST, {arg}'
-    c.data = dict(
-        train=f'{MNIST}/train', test=f'{MNIST}/test', train_transform=['to_float'], eval_transform=['to_float']
-    )
+    train = dict(spec=f'{MNIST}/train', omit=[3] if arg == 'omitted' else [])
+    c.data = dict(train=train, test=f'{MNIST}/test', train_transform=['to_float'], eval_transform=['to_float'])
     c.batch_size = 200
     c.log_every = 100
     c.keep = 1
