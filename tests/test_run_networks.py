@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from scipy.special import softmax
+from scipy.special import rel_entr, softmax
+from sklearn.metrics import accuracy_score
 
 from tl_jax.config import resolve
 from tl_jax.experiment import build
@@ -18,7 +19,7 @@ SOFT = {'name': 'soft_targets', 'temperature': 2.0}
 
 def summary_of(config, workdir, rule='.*', **distilled):
     data = config()['data'] | {'train': 'sklearn:digits/train[:32]'}
-    stage = {'steps': 2, 'train': [[rule, {'name': 'adam', 'lr': 1e-3}]]}
+    stage = {'steps': 2, 'train': [[rule, {'name': 'adam', 'lr': 3e-2}]]}
     config = config(objective={'name': 'supervised', 'distilled': distilled}, stages=[stage], data=data)
     state = train_and_evaluate(config, workdir)
     return config, state, json.loads((workdir / 'summary.json').read_text())
@@ -52,6 +53,11 @@ def test_teachers_are_stored_and_measured_beside_the_student(digits_config, tmp_
         assert (stored['index'] == mine['index']).all() and (stored['class_names'] == mine['class_names']).all()
         accuracy = np.mean(stored['probabilities'].argmax(1) == stored['label'])
         assert found[role]['metrics']['val/accuracy'] == pytest.approx(accuracy)
+        both = stored['probabilities'], mine['probabilities']
+        agreement = accuracy_score(*(probabilities.argmax(1) for probabilities in both))
+        assert found[role]['metrics']['val/agreement'] == pytest.approx(agreement)
+        assert found[role]['metrics']['val/kl'] == pytest.approx(rel_entr(*both).sum(1).mean(), rel=1e-5)
+    assert found['teacher']['metrics']['val/agreement'] != found['teacher2']['metrics']['val/agreement']
     assert not any(key.startswith('teacher') for key in summary['metrics'])
 
 

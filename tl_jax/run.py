@@ -1,11 +1,12 @@
 """A run: what its stages share, and the figures, predictions and network that it leaves."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from tl_jax import mesh as mesh_lib
 from tl_jax import trees
@@ -18,6 +19,7 @@ from tl_jax.objectives import Objective
 from tl_jax.peft import files as peft_files
 from tl_jax.peft.base import CONSTANTS, ROLE
 from tl_jax.pretrained import save_variables
+from tl_jax.report import scores
 from tl_jax.selection import Selection
 from tl_jax.speed import examples_per_second
 from tl_jax.state import Layout, TrainState, variables_of
@@ -136,7 +138,23 @@ def fixed_figures(run: Run, state: TrainState, place: Place) -> dict[str, Any]:
     for role in list(told)[1:]:
         judged = objective._replace(predict=lambda v, b, role=role: {'logits': told[role](v, b)})
         found[role]['metrics'] = evaluate_splits(run, state, judged, data.splits, store=role)
+        if jax.process_index() == 0:
+            found[role]['metrics'] |= agreements(run.workdir / 'predictions', role, data.splits)
     return {'networks': found}
+
+
+def agreements(folder: Path, role: str, splits: Iterable[str]) -> dict[str, float]:
+    """How like a teacher's stored predictions are to the student's (as Stanton et al. 2021, arXiv:2106.05945, measure it).
+
+    `<split>/agreement` is the share of examples of which both name one class; `<split>/kl` the mean of KL(teacher ‖ student)
+    in nats.
+    """
+    values = {}
+    for split in splits:
+        student, teacher = (np.load(path / f'{split}.npz')['probabilities'] for path in (folder, folder / role))
+        values[f'{split}/agreement'] = float(np.mean(student.argmax(1) == teacher.argmax(1)))
+        values[f'{split}/kl'] = float(np.mean(scores.divergence(teacher, student)))
+    return values
 
 
 def logits_of(objective: Objective, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Callable]:

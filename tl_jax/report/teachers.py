@@ -108,7 +108,7 @@ def agreement_view(told: Mapping[str, Networks]) -> str:
         return ''
     head = ['split', 'teacher', 'examples', 'student %', 'teacher %', 'agreement %', 'KL(teacher ‖ student)']
     said = (
-        'Agreement: both name one class, right or wrong. KL: mean over examples at temperature 1, in nats; the first is '
+        'Agreement: both name one class, right or wrong (Stanton et al. 2021). KL: mean over examples, in nats; the first is '
         'large where the student rules out what the teacher holds possible, the second the other way round.'
     )
     return table([*head, 'KL(student ‖ teacher)'], rows, texts=2) + caption(said)
