@@ -138,8 +138,10 @@ def distilled(
                 own, remembered = jax.random.split(jax.random.fold_in(key, 1000 + number))
                 learned = trees.merge(learned, {name: {w.label: w.term.init(own, pair)}})
                 kept = trees.merge(kept, {name: {w.label: w.term.state(remembered, pair)}})
-        added = {'params': {'projectors': learned}} if trees.flatten(learned) else {}
-        if trees.flatten(kept):
+        # A term that learns or keeps nothing leaves no empty subtree: a step would hand back another structure.
+        learned, kept = (trees.unflatten(trees.flatten(tree)) for tree in (learned, kept))
+        added = {'params': {'projectors': learned}} if learned else {}
+        if kept:
             added['distillation'] = kept
         return trees.merge(variables, added)
 
