@@ -175,3 +175,16 @@ def test_catalogue_names_models_that_there_are():
         for name, entry in module.CATALOGUE.items():
             assert entry.source == f'hf://{name}' and entry.preprocessing
             create_model(entry.model, **entry.fields)
+
+
+def test_preactivations_are_what_the_stages_last_relu_sees():
+    fields = dict(**TINY, stem_width=8)
+    plain, shown = (create_model('resnet20', preactivations=given, **fields) for given in (False, True))
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3), np.float32))
+    variables = plain.init(jax.random.key(0), image)
+    without, endpoints = plain.apply(variables, image), shown.apply(variables, image)
+    assert set(endpoints) - set(without) == {f'stage{i}_preactivation' for i in (1, 2, 3)}
+    for i in (1, 2, 3):
+        before = np.asarray(endpoints[f'stage{i}_preactivation'])
+        assert before.min() < 0
+        np.testing.assert_array_equal(np.maximum(before, 0), without[f'stage{i}'])

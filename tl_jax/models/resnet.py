@@ -5,8 +5,8 @@ Komodakis 2016, arXiv:1605.07146), with a deep stem and average pooling in the s
 arXiv:1812.01187), with `squeeze` SE-ResNets (Hu et al. 2017, arXiv:1709.01507).
 
 Endpoints: `stem`, `stage1`, `stage2`, … [batch, height, width, channels], and `features` [batch, channels], the mean over
-positions of the last stage. Modules: `stem/{conv,norm}` or `stem/{conv1,norm1,conv2,…}`,
-`stage{i}/block{j}/{conv1,norm1,conv2,…,se,shortcut_conv,shortcut_norm}`.
+positions of the last stage; with `preactivations` also `stage1_preactivation`, …, what the stage's last ReLU sees. Modules:
+`stem/{conv,norm}` or `stem/{conv1,norm1,conv2,…}`, `stage{i}/block{j}/{conv1,norm1,conv2,…,se,shortcut_conv,shortcut_norm}`.
 """
 
 import functools
@@ -40,6 +40,7 @@ class ResNet(nn.Module):
         of 2×2 first instead of a stride; 'pad' (option A, without parameters) takes every other position and adds zero
         channels on both sides.
       drop_path: rate of stochastic depth in the last block, from 0 in the first.
+      preactivations: whether `stage{i}_preactivation` are among the endpoints.
       dtype: of the computation.
     """
 
@@ -53,6 +54,7 @@ class ResNet(nn.Module):
     stem_width: int = 64
     shortcut: Literal['projection', 'average', 'pad'] = 'projection'
     drop_path: float = 0.0
+    preactivations: bool = False
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -94,8 +96,10 @@ class ResNet(nn.Module):
         )
         rates = drop_rates(self.stage_sizes, self.drop_path)
         for i, (width, drops) in enumerate(zip(self.widths, rates, strict=True), start=1):
-            x = Stage(block, width, 1 if i == 1 else 2, drops, name=f'stage{i}')(x, train)
-            endpoints[f'stage{i}'] = x
+            before = Stage(block, width, 1 if i == 1 else 2, drops, name=f'stage{i}')(x, train)
+            endpoints[f'stage{i}'] = x = nn.relu(before)
+            if self.preactivations:
+                endpoints[f'stage{i}_preactivation'] = before
         return {**endpoints, 'features': jnp.mean(x, (1, 2), dtype=jnp.float32)}
 
 
@@ -122,7 +126,7 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """A block for each rate of `drops`, the first of them with the stride."""
+    """A block for each rate of `drops`, the first of them with the stride; without the ReLU after the last."""
 
     block: Callable[..., nn.Module]
     width: int
@@ -133,12 +137,13 @@ class Stage(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         for j, drop in enumerate(self.drops, start=1):
             stride = self.stride if j == 1 else 1
+            x = nn.relu(x) if j > 1 else x
             x = self.block(width=self.width, stride=stride, drop=drop, name=f'block{j}')(x, train)
         return x
 
 
 class Block(nn.Module):
-    """`relu(shortcut(x) + norm(conv(… x)))`."""
+    """`shortcut(x) + norm(conv(… x))`, which a ReLU follows."""
 
     width: int
     stride: int
@@ -167,7 +172,7 @@ class Block(nn.Module):
             reduced = max(8, (y.shape[-1] // self.squeeze + 4) // 8 * 8)
             y = SqueezeExcite(reduced, dtype=self.dtype, name='se')(y)
         y = DropPath(self.drop)(y, train)
-        return nn.relu(y + self._shortcut(x, y.shape[-1], train))
+        return y + self._shortcut(x, y.shape[-1], train)
 
     def _shortcut(self, x: Array, width: int, train: bool) -> Array:
         if self.stride == 1 and x.shape[-1] == width:
