@@ -40,6 +40,7 @@ class Case(NamedTuple):
       passes: seed -> [(teacher's endpoints, fields), …] over the whole data, for a term that looks over it.
       heads: (student's, teacher's): features -> logits, in jax.numpy.
       stopped: the student's endpoints through which no gradient goes, where it teaches itself.
+      slopes: whether finite differences give the gradient: not where one is stopped on purpose, or at a ReLU's exact zero.
       tolerance: of values and gradients in float64, relative to the largest number.
       single: the same of ours in float32.
     """
@@ -50,6 +51,7 @@ class Case(NamedTuple):
     passes: Callable[[int], list[tuple[dict, dict]]] | None = None
     heads: tuple[Callable, Callable] = (None, None)
     stopped: tuple[str, ...] = ()
+    slopes: bool = True
     tolerance: float = 1e-7
     single: float = 2e-4
 

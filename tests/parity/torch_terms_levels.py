@@ -113,7 +113,9 @@ def srrl(student, teacher, fields, params):
 
 CASES = {
     'factor_paraphrase': Case({'name': 'factor_transfer', 'layer': 'stage2', 'stage': 'paraphrase'}, maps, paraphrase),
-    'factor_transfer': Case({'name': 'factor_transfer', 'layer': 'stage2', 'stage': 'transfer'}, maps, transfer),
+    'factor_transfer': Case(
+        {'name': 'factor_transfer', 'layer': 'stage2', 'stage': 'transfer'}, maps, transfer, slopes=False
+    ),
     'ofd': Case({'name': 'ofd', 'layers': ['stage1', 'stage2']}, signed, ofd(0), passes=lambda seed: whole_data(0)),
     'reviewkd': Case({'name': 'reviewkd', 'layers': ['stem', 'stage2', 'features']}, levels, review),
     'srrl': Case(
