@@ -10,7 +10,12 @@ SST-2: trained on its 67,000 phrases, the checkpoint chosen on the development s
 the labels and half Hinton's soft targets, τ = 3. `lstm` is the paper's student, a bidirectional LSTM, at 0.6 million parameters
 against the teacher's 1.9; `cnn` Kim's convolutions (arXiv:1408.5882) at as many. Adadelta with batches of 50, as in the paper.
 
-The paper's figures (SST-2 test accuracy: BERT-large 94.9, student alone 86.7, taught 90.7) are of another teacher, word2vec's
+Encoders of two blocks learn of the teacher's four as well. `small` has half its width: `tinybert` first takes over states and
+scores of attention, then predictions (Jiao et al. 2020, arXiv:1909.10351), `minilm` relations of queries, keys and values, then
+labels (Wang et al. 2021, arXiv:2012.15828). `half` begins with every other block of the shipped encoder, and `distilbert` first
+fills in words beside it (Sanh et al. 2019, arXiv:1910.01108), on these phrases alone, where the papers have a large corpus.
+
+Tang's figures (SST-2 test accuracy: BERT-large 94.9, student alone 86.7, taught 90.7) are of another teacher, word2vec's
 embeddings, widths of 300 and 20 altered copies of every text; none of these is here. Students read the teacher's word pieces.
 """
 
@@ -28,7 +33,9 @@ STUDENTS = {
     'lstm': dict(name='text_lstm', vocabulary=VOCABULARY, width=64, hidden=64, dense=[100], dropout=0.2),
     'cnn': dict(name='text_cnn', vocabulary=VOCABULARY, width=64, filters=64, head=dict(name='linear', dropout=0.5)),
 }
-# name -> config.objective.distilled without its teacher; its loss also without labels to read.
+NARROW = dict(TEACHER, depth=2, width=64, mlp_width=256, projections=True)
+HALF = dict(TEACHER, depth=2, source='shipped:text_encoder', pick=[2, 4], fresh=['head/.*'])
+# name -> config.objective.distilled without its teacher.
 METHODS = {
     'labels': None,
     # The mean over the two logits, times two, is the paper's squared distance (sec. 3.3).
@@ -37,15 +44,50 @@ METHODS = {
 }
 
 
+def taught_by(teacher: dict, *terms: dict, **objective) -> dict:
+    return dict(name='unsupervised', distilled=dict(teacher=teacher, terms=list(terms), **objective))
+
+
+BLOCKS = [['block1', 'block2'], ['block2', 'block4']]
+STATES = taught_by(
+    dict(TAUGHT_BY, projections=True),
+    dict(name='hidden_states', layers=['embeddings', *BLOCKS]),
+    dict(name='attention_scores', layers=BLOCKS),
+)
+RELATIONS = taught_by(
+    dict(TEACHER, **PRETRAINED, projections=True), dict(name='minilm', layer=['block2', 'block4'], heads=8)
+)
+WORDS = taught_by(
+    dict(TEACHER, source='shipped:text_encoder', mlm_head=True, num_classes=0),
+    dict(name='token_targets', temperature=2.0, weight=5.0),
+    dict(name='token_cosine', layers=[['block2', 'block4']], weight=1.0),
+    label_weight=2.0,
+)
+MLM = dict(name='mlm', vocabulary=VOCABULARY, mask_id=4, special=[0, 2, 3])
+LABELS = dict(name='supervised')
+# name -> the model, and the objectives of its stages.
+ENCODERS = {
+    'small,labels': (NARROW, [LABELS]),
+    'small,tinybert': (NARROW, [STATES, taught_by(TAUGHT_BY, dict(name='soft_targets', temperature=1.0))]),
+    'small,minilm': (NARROW, [RELATIONS, LABELS]),
+    'half,labels': (dict(HALF, ignore=PRETRAINED['ignore']), [LABELS]),
+    'half,distilbert': (dict(HALF, mlm_head=True), [dict(WORDS, **MLM), LABELS]),
+}
+
+
 def get_config(arg: str = 'lstm,logits') -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.name = f'SST-2, {arg}'
     c.data = dict(train=phrases('train'), eval=phrases('dev'), test=phrases('test'))
+    adamw = dict(name='adamw', lr=dict(name='slanted_triangular', peak=5e-4), weight_decay=0.01)
     if arg == 'teacher':
         c.model = dict(TEACHER, **PRETRAINED)
-        adamw = dict(name='adamw', lr=dict(name='slanted_triangular', peak=5e-4), weight_decay=0.01)
         c.batch_size, c.clip_norm = 32, 1.0
         c.stages = [dict(name='teacher', epochs=2, train=[('.*', adamw)])]
+    elif arg in ENCODERS:
+        c.model, objectives = ENCODERS[arg]
+        c.batch_size, c.clip_norm = 32, 1.0
+        c.stages = [dict(epochs=2, objective=objective, train=[('.*', adamw)]) for objective in objectives]
     else:
         student, method = arg.split(',')
         c.model = STUDENTS[student]
@@ -66,6 +108,8 @@ def sweep() -> Iterator[tuple[str, dict]]:
     for student in STUDENTS:
         for method in METHODS:
             yield f'{student},{method}', {}
+    for arg in ENCODERS:
+        yield arg, {}
 
 
 def phrases(name: str) -> dict:

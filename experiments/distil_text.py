@@ -1,29 +1,38 @@
-"""A tuned encoder teaches an LSTM and convolutions on SST-2; every student has the teacher of its own seed.
+"""A tuned encoder teaches an LSTM, convolutions and shallower encoders on SST-2; a student has the teacher of its own seed.
 
-No figures are published for these networks; the claims are the paper's (Tang et al. 2019, arXiv:1903.12136): a student learns
-more from the teacher's logits than from the labels.
+No figures are published for these networks; the claims are the papers' (Tang et al. 2019, arXiv:1903.12136, and those that
+configs/distil_text.py names): a student learns more from a teacher than from the labels alone.
 """
 
 from experiments.table import Cell
 
-TITLE = 'SST-2: a small encoder distilled into an LSTM and a CNN, test accuracy'
+TITLE = 'SST-2: a small encoder distilled into smaller networks, test accuracy'
 SEEDS = 3
 SELECTION = ''  # the configs': val/accuracy
 METRIC = 'test/accuracy'
 UNIT = '%'
 
-STUDENTS = ('lstm', 'cnn')
-METHODS = ('labels', 'logits', 'soft')
 TEACHER = Cell('teacher', 'encoder', 'configs/distil_text.py:teacher')
+# student -> the ways to teach it: the field of the config that names the tuned teacher, if it learns from that.
+LOGITS = 'objective.distilled.teacher.source'
+STUDENTS = {
+    'lstm': {'labels': '', 'logits': LOGITS, 'soft': LOGITS},
+    'cnn': {'labels': '', 'logits': LOGITS, 'soft': LOGITS},
+    'small': {'labels': '', 'tinybert': f'stages[*].{LOGITS}', 'minilm': ''},
+    'half': {'labels': '', 'distilbert': ''},
+}
 
 
-def taught(student: str, method: str) -> Cell:
-    config = f'configs/distil_text.py:{student},{method}'
-    if method == 'labels':
-        return Cell(method, student, config)
-    return Cell(method, student, config, after=TEACHER.name, into='objective.distilled.teacher.source')
+def cell(student: str, method: str, into: str) -> Cell:
+    learns = dict(after=TEACHER.name, into=into) if into else {}
+    return Cell(method, student, f'configs/distil_text.py:{student},{method}', **learns)
 
 
-CELLS = [TEACHER, *(taught(student, method) for student in STUDENTS for method in METHODS)]
-RELATIONS = [f'{method}/{student} > labels/{student}' for student in STUDENTS for method in METHODS[1:]]
+CELLS = [TEACHER, *(cell(student, *way) for student, ways in STUDENTS.items() for way in ways.items())]
+RELATIONS = [
+    f'{method}/{student} > labels/{student}'
+    for student, ways in STUDENTS.items()
+    for method in ways
+    if method != 'labels'
+]
 QUICK = {'stages[*].epochs': 0.01}

@@ -19,6 +19,7 @@ def model_from(
     source: str | None = None,
     ignore: list = (),
     fresh: list = (),
+    pick: list = (),
     num_classes: int | None = None,
     peft: str | Mapping | None = None,
     active: list | None = None,
@@ -35,6 +36,7 @@ def model_from(
       source: of pretrained weights: a path, `hf://org/repo/file` or `shipped:NAME`; None for a random start.
       ignore: regexes of stored tensors that are not wanted.
       fresh: regexes of parameters that keep their random start.
+      pick: the source's blocks, by number, that become ours: `pick=[2, 4], depth=2` is every other of four. All unless given.
       num_classes: width of the head, 0 for none; the data's number of classes unless given.
       peft: an adapter, `dict(name='lora', rank=8)`, or several by names of their own; see `tl_jax.peft.ADAPTERS`. The path
         of a folder of Hugging Face's `peft`, 'hf://org/adapter' say, stands for what it holds.
@@ -46,8 +48,9 @@ def model_from(
       **overrides: the architecture's own fields.
     """
     module = module_from(name=name, num_classes=num_classes, classes=classes, dtype=dtype, **overrides)
-
-    loading = {'name': name, 'source': source, 'ignore': ignore, 'fresh': fresh} if source else None
+    if pick and not source:
+        raise UserError('config.model.pick: names blocks of weights, and there is no source of them; give model.source')
+    loading = {'name': name, 'source': source, 'ignore': ignore, 'fresh': fresh, 'pick': pick} if source else None
 
     def start(key, inputs):
         return dict(jax.jit(lambda k, x: module.init(k, x, train=False))(key, inputs))
@@ -90,7 +93,7 @@ def original_from(section: Mapping[str, Any], classes: int, dtype: Any, *, load:
     def original(num_classes: int) -> Model:
         if not section.get('source'):
             raise UserError('config.model.source: is none, so that there is no head of a source to keep; name one')
-        unlike = ('source', 'ignore', 'fresh', 'head', 'peft', 'active')
+        unlike = ('source', 'ignore', 'fresh', 'pick', 'head', 'peft', 'active')
         fields = {**{k: v for k, v in section.items() if k not in unlike}, 'num_classes': num_classes}
         build = lambda **bits: call(model_from, fields | bits, 'config.model', classes=classes, dtype=dtype, load=False)
         model, whole = build(), build(quantize=None)
@@ -99,7 +102,8 @@ def original_from(section: Mapping[str, Any], classes: int, dtype: Any, *, load:
             variables = whole.init(key, inputs)
             if not load:
                 return variables
-            filled, account = pretrained.overlay(section['source'], variables, ignore=section.get('ignore', ()))
+            rules = {name: section.get(name, ()) for name in ('ignore', 'pick')}
+            filled, account = pretrained.overlay(section['source'], variables, **rules)
             lost = next((path for path in account.fresh if path.startswith('params/head/')), None)
             if lost:
                 raise UserError(

@@ -46,7 +46,7 @@ def reverse_config(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
     target.pop('unlabelled', None)
     turned = copy.deepcopy(dict(config))
     turned['name'] = f'{config["name"]}, reversed'
-    network = {name: value for name, value in config['model'].items() if name not in ('ignore', 'fresh')}
+    network = {name: value for name, value in config['model'].items() if name not in ('ignore', 'fresh', 'pick')}
     turned['model'] = {**network, 'source': str(run / 'model.safetensors')}
     turned['data'] = {
         **config['data'],

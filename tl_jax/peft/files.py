@@ -88,7 +88,7 @@ def model_with(
       peft: as in `sections`.
       backbone: of the network.
       active: names of the adapters that act; all unless given.
-      loading: `name`, `source`, `ignore` and `fresh` of `pretrained.fill_model`; None where there is no source.
+      loading: `name`, `source`, `ignore`, `fresh` and `pick` of `pretrained.fill_model`; None where there is no source.
       load: whether to read it.
     """
     found, leaves = sections(peft, backbone)
@@ -129,7 +129,8 @@ def stored(variables: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[di
       The leaves to save, and what the card says of their base; None where they are whole.
     """
     whole = {**variables, 'params': restored(variables['params']) if section.get('quantize') else variables['params']}
-    if not section.get('peft') or not section.get('source'):
+    # A base completes a file block by block, and picked ones are others than its own.
+    if not section.get('peft') or not section.get('source') or section.get('pick'):
         return whole, None
     base, fresh = pretrained.root_of(section['source'], section.get('ignore', ()), section.get('fresh', ()))
     own = {path: leaf for path, leaf in flatten(whole).items() if not re.fullmatch(ON_FILE, path)}
@@ -153,7 +154,7 @@ def as_held(params: Mapping[str, Any], quantize: Mapping[str, Any]) -> dict[str,
 
 def described(section: Mapping[str, Any]) -> dict[str, Any]:
     """`config.model` as a file says which network it holds: without its weights, folders of adapters by what they are."""
-    fields = {name: value for name, value in section.items() if name not in ('source', 'ignore', 'fresh')}
+    fields = {name: value for name, value in section.items() if name not in ('source', 'ignore', 'fresh', 'pick')}
     return {**fields, 'peft': sections(fields['peft'], backbone_of(section))[0]} if fields.get('peft') else fields
 
 

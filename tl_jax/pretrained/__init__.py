@@ -104,6 +104,7 @@ def overlay(
     backbone: nn.Module | None = None,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
+    pick: Sequence[int] = (),
 ) -> tuple[dict[str, Any], Account]:
     """Fills a model's variables from a source; rules and errors as in `fill`, sources as in `load_pretrained`."""
     opened = _open(source)
@@ -113,6 +114,7 @@ def overlay(
         backbone=backbone,
         ignore=ignore,
         fresh=fresh,
+        pick=pick,
         source=opened.source,
         sha256=opened.sha256,
     )
@@ -126,6 +128,7 @@ def fill_model(
     backbone: nn.Module | None = None,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
+    pick: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Overlays a source on a model's freshly initialised variables, and prints the account.
 
@@ -136,8 +139,9 @@ def fill_model(
       backbone: the module of that role; its family's name maps are then the only ones looked at.
       ignore: regexes of tensors, by the file's names, that are not wanted.
       fresh: regexes of leaves, `role/module/…/leaf`, that keep the value they have.
+      pick: blocks of the source that become the model's.
     """
-    filled, account = overlay(source, variables, backbone=backbone, ignore=ignore, fresh=fresh)
+    filled, account = overlay(source, variables, backbone=backbone, ignore=ignore, fresh=fresh, pick=pick)
     print(f'{name}: {account}')
     return filled
 
@@ -149,6 +153,7 @@ def load_pretrained(
     *,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
+    pick: Sequence[int] = (),
     key: jax.Array | None = None,
     image_shape: Sequence[int] | None = None,
     inputs: Any = None,
@@ -162,6 +167,7 @@ def load_pretrained(
       num_classes: of the head; where it is not the file's the head is fresh. None keeps the file's head, if it has one.
       ignore: regexes of tensors, by the file's names, that are not wanted.
       fresh: regexes of leaves, `role/module/…/leaf`, that keep their random start.
+      pick: blocks of the source, by number, that become the model's: `pick=[2, 4], depth=2`. All unless given.
       key: of that random start; `jax.random.key(0)` unless given.
       image_shape: height, width, channels to initialise for; the file's own if it says, else 32×32×3.
       inputs: to initialise with, of models that take no images: tokens [1, length], say. Values do not matter.
@@ -200,6 +206,7 @@ def load_pretrained(
         backbone=module.backbone,
         ignore=ignore,
         fresh=fresh,
+        pick=pick,
         source=opened.source,
         sha256=opened.sha256,
     )

@@ -18,6 +18,7 @@ from flax import linen as nn
 from tl_jax.errors import UserError, nearest
 from tl_jax.pretrained import maps, names
 from tl_jax.pretrained.names import NameMap, Target
+from tl_jax.pretrained.picked import picked
 from tl_jax.pretrained.tensors import Contents, Tensor, listed
 from tl_jax.trees import flatten, match, unflatten
 
@@ -90,6 +91,7 @@ def fill(
     *,
     ignore: Sequence[str] = (),
     fresh: Sequence[str] = (),
+    pick: Sequence[int] = (),
     backbone: nn.Module | None = None,
     source: str = 'the checkpoint',
     sha256: str = '',
@@ -105,6 +107,7 @@ def fill(
       name_map: of its origin; found by the names, among those of the backbone's family, unless given.
       ignore: regexes of tensors, by the file's names, that are not wanted.
       fresh: regexes of leaves, `role/module/…/leaf`, that keep the value they have; tensors for them are ignored.
+      pick: blocks of the file's network that become the model's, in that order; all unless given.
       backbone: the module that the variables of that role are of.
       source: what to call the file.
       sha256: of the file, for the account.
@@ -121,6 +124,10 @@ def fill(
     name_map = name_map or maps.choose(short.values(), source, backbone)
     ignored = _ignored(short, ignore, name_map)
     fills, unknown = _targets(contents.tensors, short, ignored, name_map, source)
+    if pick:
+        places = picked(fills, pick, source)
+        ignored |= {fills[path].name: f'pick {list(pick)}' for path, ours in places.items() if ours is None}
+        fills = {ours: fills[path] for path, ours in places.items() if ours is not None}
     rules, kept = _fresh(fresh, fills, leaves)
     for path in list(fills):
         if rule := next((rule for regex, rule in rules if re.fullmatch(regex, _named(path))), None):

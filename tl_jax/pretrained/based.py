@@ -23,7 +23,7 @@ from tl_jax.pretrained.tensors import Contents, Tensor, listed
 from tl_jax.trees import flatten, unflatten
 
 # Fields of a model's section that are not its network's.
-LOADING = ('source', 'ignore', 'fresh', 'peft', 'active', 'quantize', 'num_classes')
+LOADING = ('source', 'ignore', 'fresh', 'pick', 'peft', 'active', 'quantize', 'num_classes')
 
 
 class Base(NamedTuple):
