@@ -25,12 +25,12 @@ def prototypes(
 ) -> Term:
     """Places among the teacher's class prototypes, nats per example.
 
-    c_k = Σᵢ q_ik tᵢ / Σᵢ q_ik over the stage's data, once, when it begins;  p(x) = softmax_k(cos(x, c_k) / τ)
+    c_k = Σᵢ q_ik tᵢ / Σᵢ q_ik over the stage's data when it begins;  p(x) = softmax_k(cos(x, c_k) / τ)
       'labels'   q is the label, the loss CE(p(r(s)), y)
       'teacher'  q = softmax(teacher's logits), the loss KL(p(t) ‖ p(r(s))); no labels are read
 
     Prototypes as of Snell et al. 2017 (arXiv:1703.05175, eq. 1 and 2), the teacher's embedding being theirs; what compares two
-    networks' places among given points is SEED's (Fang et al. 2021, arXiv:2101.04731, eq. 4 to 6), with a queue for points.
+    networks' places among given points is SEED's (Fang et al. 2021, arXiv:2101.04731, sec. 3), with a queue for points.
     r is a linear map where the widths differ, and learns. A class without examples has no prototype and is left out.
 
     Args:
@@ -58,12 +58,10 @@ def prototypes(
         return {'sums': jnp.zeros((classes, pair.teacher[names[1]].shape[-1])), 'counts': jnp.zeros(classes)}
 
     def refresh(state, pairs: Iterator[Pair]):
-        add = jax.jit(
-            lambda sums, members, t: {
-                'sums': sums['sums'] + members.T @ t,
-                'counts': sums['counts'] + jnp.sum(members, 0),
-            }
-        )
+        @jax.jit
+        def add(state, members, t):
+            return {'sums': state['sums'] + members.T @ t, 'counts': state['counts'] + jnp.sum(members, 0)}
+
         state = jax.tree.map(jnp.zeros_like, state)
         for pair in pairs:
             members = belonging(pair, len(state['counts'])) * pair.fields['mask'][:, None]
