@@ -15,6 +15,7 @@ from tl_jax import trees
 from tl_jax.errors import UserError
 from tl_jax.objectives import started
 from tl_jax.objectives.distillation.base import Pair
+from tl_jax.objectives.distillation.levels import teacher_shares
 from tl_jax.objectives.distillation.logits import soft_targets
 from tl_jax.state import create_state, variables_of
 from tl_jax.step import create_train_step, layouts
@@ -110,6 +111,15 @@ def test_two_teachers_two_terms_and_labels_in_float64(config, how):
     assert value == pytest.approx(0.4 * np.mean(cross_entropy(s, label)) + total, rel=1e-5)
     assert float(aux.metrics['teacher_agreement']) == np.mean(s.argmax(-1) == t[0].argmax(-1))
     assert not aux.endpoints
+
+
+def test_teachers_are_weighed_by_the_labels_of_mixed_images():
+    draw = np.random.RandomState(0)
+    target, t = draw.dirichlet(np.ones(4), 6), draw.normal(size=(3, 6, 4))
+    wrong = np.exp([-np.sum(target * log_softmax(x), -1) for x in t])
+    teachers = {str(k): {'logits': jnp.asarray(x)} for k, x in enumerate(t)}
+    shares = teacher_shares('labels', teachers, {'target': jnp.asarray(target), 'label': np.zeros(6, int)})
+    np.testing.assert_allclose(shares, (1 - wrong / wrong.sum(0)) / 2, rtol=1e-5)
 
 
 def test_the_gradient_of_soft_targets_keeps_its_scale_at_any_temperature():
@@ -265,7 +275,7 @@ def test_eight_devices_give_the_losses_of_one(config, tmp_path):
         (dict(terms=[dict(SOFT, teacher='stage1')]), r"the teacher gives no 'stage1'; it gives features, logits"),
         (dict(terms=[dict(SOFT, weight='all')]), r'terms\[0\].weight: must be float or Mapping'),
         (dict(terms=[dict(SOFT, weight=dict(start=1.0))]), r'terms\[0\].weight.end: is required'),
-        (dict(label_weight=dict(start=1.0, end=0.0, until=2.0)), 'until is a share of the stage'),
+        (dict(label_weight=dict(start=1.0, end=0.0, until=2.0)), 'distilled.label_weight.until: is a share of the stage'),
         (dict(teacher={**LINEAR, 'num_classes': 12}), r"tells 10 classes apart \('logits'\), the teacher 12 .*`classes`"),
         (dict(classes=[0, 10] + [1] * 8), r'classes: names 10, and the teacher has the classes 0 … 9'),
         (dict(teacher=[LINEAR, LINEAR], teacher_weights=[1.0]), r'teacher_weights: 1 numbers for 2 teachers'),

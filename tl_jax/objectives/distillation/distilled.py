@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax, nn
+from jax import lax
 from jaxtyping import Array, Float
 
 from tl_jax import trees
@@ -20,9 +20,7 @@ from tl_jax.objectives.base import (
     Model,
     Models,
     Objective,
-    cross_entropy,
     inputs_of,
-    label_of,
     network_of,
     refreshed,
     role,
@@ -30,11 +28,9 @@ from tl_jax.objectives.base import (
     with_loss,
 )
 from tl_jax.objectives.distillation.base import Pair, Term
+from tl_jax.objectives.distillation.levels import FIELD, Level, check_level, check_weights, level, teacher_shares
 from tl_jax.objectives.distillation.terms import TERMS
 from tl_jax.objectives.teachers import teacher_of
-
-FIELD = 'config.objective.distilled'
-Level = float | Mapping[str, float]
 
 
 class Weighted(NamedTuple):
@@ -265,26 +261,6 @@ def mapped(logits: Float[Array, 'batch teacher'], classes: Sequence[int]) -> Flo
     return logits[..., jnp.asarray(classes)]
 
 
-def teacher_shares(
-    how: str | Sequence[float], teachers: Mapping[str, Mapping[str, Array]], fields: Mapping[str, Array]
-) -> Float[Array, 'teachers #batch']:
-    """w_ki: what each teacher counts for each example; a column sums to 1."""
-    count = len(teachers)
-    if not isinstance(how, str):
-        shares = jnp.asarray(how, jnp.float32)
-        return (shares / jnp.sum(shares))[:, None]
-    if how == 'mean' or count == 1:
-        return jnp.full((count, 1), 1 / count)
-    missing = next((name for name, found in teachers.items() if 'logits' not in found), None)
-    if missing:
-        raise UserError(f"{FIELD}.teacher_weights: '{how}' needs a term that reads logits of the {missing}")
-    logits = [found['logits'].astype(jnp.float32) for found in teachers.values()]
-    if how == 'entropy':
-        return nn.softmax(jnp.stack([jnp.sum(nn.softmax(z) * nn.log_softmax(z), -1) for z in logits]), 0)
-    wrong = jnp.stack([cross_entropy(z, label_of(fields)) for z in logits])
-    return (1 - nn.softmax(wrong, 0)) / (count - 1)
-
-
 def agreement(student: Mapping[str, Array], teacher: Mapping[str, Array]) -> dict[str, Array]:
     """How often the two name one class, for the log; nothing where either has no logits."""
     both = [found['logits'] for found in (student, teacher) if 'logits' in found]
@@ -293,38 +269,9 @@ def agreement(student: Mapping[str, Array], teacher: Mapping[str, Array]) -> dic
     return {'teacher_agreement': jnp.mean(jnp.argmax(both[0], -1) == jnp.argmax(both[1], -1))}
 
 
-def check_weights(weights: str | Sequence[float], count: int) -> None:
-    """Refuses numbers that are no weights of so many teachers."""
-    if isinstance(weights, str):
-        return
-    if len(weights) != count:
-        raise UserError(f'{FIELD}.teacher_weights: {len(weights)} numbers for {count} teachers; give as many')
-    if min(weights) < 0 or not sum(weights) > 0:
-        raise UserError(f'{FIELD}.teacher_weights: must be 0 or more, and one above 0, not {list(weights)}')
-
-
 def check_decay(decay: float, itself: bool) -> None:
     """Refuses a decay that is no share, or of a teacher that cannot follow."""
     if not 0 <= decay <= 1:
         raise UserError(f'{FIELD}.decay: must lie in 0 … 1, not {decay}; 1 keeps the teacher as the stage finds it')
     if decay < 1 and not itself:
         raise UserError(f'{FIELD}.decay: is of a student that teaches itself; leave out the teacher, or the decay')
-
-
-def check_level(value: Level, where: str) -> None:
-    """Refuses a weight that is neither a number nor `dict(start=…, end=…, until=…)`."""
-    check_type(value, float | Mapping, where)
-    if isinstance(value, Mapping):
-        call(ramp, value, where, fraction=0.0)
-
-
-def level(value: Level, fraction: Any) -> Any:
-    """A weight at a place of the stage."""
-    return ramp(fraction=fraction, **value) if isinstance(value, Mapping) else value
-
-
-def ramp(*, fraction: Any, start: float, end: float, until: float = 1.0) -> Any:
-    """From `start` to `end` in proportion to the stage's progress, there from the share `until` on."""
-    if not 0 < until <= 1:
-        raise UserError(f'{FIELD}: until is a share of the stage, above 0 and at most 1, not {until}')
-    return start + (end - start) * jnp.minimum(fraction / until, 1)
