@@ -17,7 +17,7 @@ from tl_jax import data as data_lib
 from tl_jax.data.base import Source
 from tl_jax.data.buckets import TOKEN_FIELDS
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import Fixed
+from tl_jax.objectives.base import Fixed, network_of
 from tl_jax.progress import say
 from tl_jax.run import Run
 from tl_jax.run_once import (
@@ -49,27 +49,27 @@ def with_teachers(run: Run, state: TrainState, number: int) -> Run:
     if not fixed or not experiment.config['cache_teacher']:
         return run
     check_dtype(experiment.config['cache_dtype'])
-    stream = stage.objective.streams[0]
     try:
         if stage.objective.altered:
             raise Uncached('the objective shows other inputs than the stream’s')
-        require_fixed_examples(experiment, stream, stage.steps)
+        for teacher in fixed:
+            require_fixed_examples(experiment, teacher.stream, stage.steps)
         variables = variables_of(state)
         networks = {teacher.role: compact_network(teacher, variables, experiment.config) for teacher in fixed}
-        batch, source = experiment.batch[stream], experiment.data.sources[stream]
-        shapes = [shape for network in networks.values() for shape in _shapes(network, batch, source).values()]
-        size = sum(source.length * int(np.prod(s.shape[1:])) * s.dtype.itemsize for s in shapes)
+        size = sum(_size(experiment, teacher.stream, networks[teacher.role]) for teacher in fixed)
         require_room(size, "config.cache_dtype='float16' or config.cache_top_k make it smaller")
     except Uncached as reason:
         say(f'{stage.name}: {" and ".join(t.role for t in fixed)} run{"s" * (len(fixed) == 1)} in every step: {reason}')
         return run
-    return _on_fields(run, stage.name, stream, fixed, networks)
+    for stream in dict.fromkeys(teacher.stream for teacher in fixed):
+        run = _on_fields(run, stage.name, stream, [t for t in fixed if t.stream == stream], networks)
+    return run
 
 
 def compact_network(teacher: Fixed, variables: Mapping[str, Any], config: Mapping[str, Any]) -> Network:
     """A fixed network that gives `{endpoint: [B, …]}` as it is stored, of the endpoints that the loss reads."""
     top, dtype = config['cache_top_k'], config['cache_dtype']
-    own = {c: {teacher.role: tree[teacher.role]} for c, tree in variables.items() if teacher.role in tree}
+    own = {c: {teacher.role: tree[teacher.role]} for c, tree in network_of(variables).items() if teacher.role in tree}
 
     def run(variables, fields):
         found, stored = teacher.endpoints(variables, fields), {}
@@ -101,8 +101,9 @@ def all_logits(values: np.ndarray, classes: np.ndarray, rest: np.ndarray, count:
     return logits
 
 
-def _shapes(network: Network, batch: Mapping[str, Any], source: Source) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the network says of a batch; refuses what is as long as the texts of a batch, where batches differ in that."""
+def _size(experiment: Any, stream: str, network: Network) -> int:
+    """Bytes of what the network says of a stream; refuses what is as long as a batch's texts, where batches differ in that."""
+    batch, source = experiment.batch[stream], experiment.data.sources[stream]
 
     def at(width):
         shape = lambda field, x: (*x.shape[:-1], width) if width and field in TOKEN_FIELDS else x.shape
@@ -114,7 +115,7 @@ def _shapes(network: Network, batch: Mapping[str, Any], source: Source) -> dict[
     unlike = next((name for name in wide if narrow[name].shape != wide[name].shape), None)
     if unlike:
         raise Uncached(f"'{unlike}' is as long as the texts of a batch, and config.data gives them buckets")
-    return wide
+    return sum(source.length * int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in wide.values())
 
 
 def _on_fields(run: Run, stage: str, stream: str, fixed: Sequence[Fixed], networks: Mapping[str, Network]) -> Run:

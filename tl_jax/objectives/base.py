@@ -62,11 +62,13 @@ class Fixed(NamedTuple):
       role: its place among the parameters.
       endpoints: (variables, a stream's batch) -> what it says of it, by endpoint [B, …], in evaluation mode.
       reads: the endpoints that the loss reads; it takes the batch's fields `<role>/<endpoint>` in their place if they are there.
+      stream: the one of the loss's streams that it sees.
     """
 
     role: str
     endpoints: Callable
     reads: tuple[str, ...]
+    stream: str
 
 
 class Objective(NamedTuple):
@@ -87,7 +89,7 @@ class Objective(NamedTuple):
       figures: predictions of all examples, as numpy arrays [N, …] -> {name: float}; None for classification by `logits`.
       export: variables -> those of the adapted network under the names that its model gives them, where they are not there
         yet; what another run loads.
-      fixed: networks that never learn: no rule reaches them. They see the first stream.
+      fixed: networks that never learn: no rule reaches them.
       altered: whether the loss shows its network other inputs than the stream's (hidden tokens, mixed images).
       streams: those that the loss reads.
     """

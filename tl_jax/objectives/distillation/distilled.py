@@ -200,7 +200,8 @@ def distilled(
         return {**moved, 'distillation': kept}
 
     fixed = tuple(
-        Fixed(name, lambda v, fields, name=name: endpoints_of(name, v, inputs_of(fields)), wanted) for name in networks
+        Fixed(name, lambda v, fields, name=name: endpoints_of(name, v, inputs_of(fields)), wanted, stream)
+        for name in networks
     )
     looks = any(w.term.refresh for w in weighted)
     return with_loss(objective, change)._replace(
