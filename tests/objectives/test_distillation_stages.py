@@ -82,13 +82,18 @@ def test_ofd_ignores_what_both_networks_leave_closed():
         ({'name': 'ofd', 'layers': ['features']}, "ofd compares maps [B, H, W, C], and the student's 'features'"),
         ({'name': 'reviewkd', 'layers': []}, 'layers is a list of endpoints'),
         ({'name': 'srrl', 'student': 'stage1', 'teacher': 'stage1'}, 'srrl puts a map or a vector'),
+        (
+            {'name': 'srrl', 'student': 'stage1'},
+            'srrl asks the teacher’s head what it makes of features, and the teacher has none',
+        ),
         ({'name': 'factor_transfer', 'layer': 'features', 'stage': 'transfer'}, 'factor_transfer compares maps'),
         ({'name': 'factor_transfer', 'layer': 'stage1', 'stage': 'transfer', 'rate': 0.0}, 'rate must lie in 0 … 1'),
         ({'name': 'factor_transfer', 'layer': 'stage1', 'stage': 'first'}, "must be 'paraphrase' or 'transfer'"),
     ],
 )
 def test_bad_sections_get_one_line(digits_config, section, message):
-    config = digits_config(model=STUDENT, objective=distilled([section]))
+    teacher = dict(TEACHER, num_classes=0) if 'has none' in message else TEACHER
+    config = digits_config(model=STUDENT, objective=distilled([section], teacher=teacher))
     with pytest.raises(experiment_lib.UserError) as caught:
         built = experiment_lib.build(config_lib.resolve(config))
         jax.eval_shape(built.stages[0].init, jax.random.key(0), built.batch)

@@ -103,6 +103,11 @@ def review(student, teacher, fields, params):
 HEAD = np.random.default_rng(7).standard_normal((6, 10)), np.random.default_rng(8).standard_normal(10)
 
 
+def with_head(seed):
+    student, teacher, fields = maps(seed)
+    return student, {**teacher, 'logits': teacher['features'] @ HEAD[0] + HEAD[1]}, fields
+
+
 def srrl(student, teacher, fields, params):
     weights = torch.tensor(HEAD[0]), torch.tensor(HEAD[1])
     phi = normed(pointwise(nchw(student['stage2']), params['linear']), params['norm']).relu().mean((2, 3))
@@ -120,7 +125,7 @@ CASES = {
     'reviewkd': Case({'name': 'reviewkd', 'layers': ['stem', 'stage2', 'features']}, levels, review),
     'srrl': Case(
         {'name': 'srrl', 'student': 'stage2', 'feature_weight': 2.0, 'prediction_weight': 3.0},
-        maps,
+        with_head,
         srrl,
         heads=(None, lambda features: features @ jnp.asarray(HEAD[0]) + jnp.asarray(HEAD[1])),
     ),

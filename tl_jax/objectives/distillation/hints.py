@@ -124,6 +124,10 @@ def srrl(
                 f"{FIELD}: srrl puts a map or a vector of the student in the place of the teacher's features [B, D]; "
                 f"'{student}' is {list(s)} and '{teacher}' {list(t)}"
             )
+        if 'logits' not in pair.teacher:
+            raise UserError(
+                f'{FIELD}: srrl asks the teacher’s head what it makes of features, and the teacher has none'
+            )
         return projector_init(key, s[-1], t[-1], norm=True)
 
     def loss(params, state, pair, key):
