@@ -68,7 +68,8 @@ METHODS = {
     'pkt': [beside(dict(name='pkt'))],
     'rkd': [beside(dict(name='rkd'))],
     'similarity': [beside(dict(name='similarity', layers=['stage3']))],
-    'correlation': [beside(dict(name='correlation', weight=0.02))],
+    'correlation': [beside(dict(name='correlation'))],
+    'correlation_code': [beside(dict(name='correlation_code'))],
     'crd': [beside(dict(name='crd'))],
     'prototypes': [beside(dict(name='prototypes'))],
     # No teacher but itself.

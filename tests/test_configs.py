@@ -27,6 +27,8 @@ TABLES = {
     'vpt': {'depth': 2},
     'vtab': {'stage_sizes': [1, 1], 'widths': [64, 128]},
 }
+# Cut likewise, student and teacher, and every variant checked; the third stage stays, whose endpoints terms name.
+CUT = {'distill': {'stage_sizes': [1, 1, 1]}, 'attention_transfer': {'depth': 10}, 'repdistiller': {}}
 
 
 def variants():
@@ -83,13 +85,24 @@ def blank_texts():
     return source
 
 
+def blank_arrays(path, **options):
+    return blank_images((32, 32, 3) if 'cifar' in path else (28, 28, 1), 10)(path, **options)
+
+
+def teachers(config):
+    """The sections of teachers in a config's objectives."""
+    for section in (config, *config.stages):
+        found = section.get('objective', {}).get('distilled', {}).get('teacher', [])
+        yield from found if isinstance(found, list | tuple) else [found]
+
+
 BLANKS = {
     'tsv': blank_texts(),
     'jsonl': blank_texts(),
     'lines': blank_texts(),
     'tfds': blank_images((40, 40, 3), 10),
     'folder': blank_images((40, 40, 3), 2),
-    'npz': blank_images((28, 28, 1), 10),
+    'npz': blank_arrays,
     'omniglot': blank_images((28, 28, 1), 100, count=2000),
     'multimnist': blank_images((28, 28, 1), 10, ('label_left', 'label_right')),
     'svmlight': blank_table,
@@ -110,6 +123,11 @@ def test_config_by_shape(path, variant, monkeypatch):
         config.model.update(TABLES[path.stem], source='shipped:mnist_convnet')
         config.batch_size = 4
         config.gradient = {'name': 'plain'}  # in place of one that cuts the batch
+    for network in (config.model, *teachers(config)) if path.stem in CUT else ():
+        network.update(CUT[path.stem])
+        config.batch_size = 4
+    for teacher in teachers(config):
+        teacher.update(source='shipped:mnist_convnet')
     experiment = experiment_lib.build(config_lib.resolve(config))
     layout_of = layouts(experiment, mesh_lib.create_mesh(data=1))
     for number in range(len(experiment.stages)):
