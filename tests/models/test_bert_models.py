@@ -61,7 +61,7 @@ def test_endpoints_and_sizes(name):
     endpoints, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, 8), jnp.int32))
     backbone = model.backbone
     blocks = [f'block{i}' for i in range(1, backbone.depth + 1)]
-    assert endpoints.keys() == {'embeddings', *blocks, 'features', 'logits'}
+    assert endpoints.keys() == {'mask', 'embeddings', *blocks, 'features', 'logits'}
     assert all(endpoints[n].shape == (2, 8, backbone.width) for n in ('embeddings', *blocks))
     assert endpoints['features'].shape == (2, backbone.width) and endpoints['logits'].shape == (2, 3)
     leaves = flatten(variables['params']['backbone'])

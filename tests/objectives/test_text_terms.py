@@ -42,9 +42,9 @@ def test_a_masked_language_model_and_its_teacher_see_the_same_tokens_hidden():
     objective = mlm(model, vocabulary=20, mask_id=19, special=[0, 1], rate=0.4)
     taught = distilled(objective, model=model, num_classes=2, num_examples={'train': 3}, terms=terms, label_weight=2.0)
     batch = {'train': {'tokens': jnp.asarray(TOKENS)}}
-    variables = jax.jit(objective.init)(jax.random.key(0), batch)
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32), variables)
+    draw = lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32)
+    variables = jax.tree.map(draw, jax.eval_shape(objective.init, jax.random.key(0), batch))
     teacher = jax.tree.map(lambda leaf: leaf + 0.1, variables)
     ask = jax.jit(
         lambda own, teacher, key: (

@@ -1,6 +1,6 @@
 """DeBERTa v3 (He et al. 2021, arXiv:2111.09543): attention by content and by relative position, told apart.
 
-Inputs and endpoints are those of `tl_jax.models.bert`, without segments. Modules: `token`, `norm`, `relative`,
+Inputs and endpoints are those of `tl_jax.models.bert`, without segments and projections. Modules: `token`, `norm`, `relative`,
 `relative_norm`, `block{i}/{attention,norm1,mlp,norm2}`, `pooler`.
 """
 
@@ -84,7 +84,7 @@ class Deberta(nn.Module):
         x = LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x) * mask[..., None]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         relative = self._relative(tokens.shape[1], train)
-        endpoints = {'embeddings': x}
+        endpoints = {'mask': mask, 'embeddings': x}
         # Padding looks nowhere.
         mask4 = mask[:, None, None, :] & mask[:, None, :, None]
         for i in range(1, self.depth + 1):

@@ -1,7 +1,8 @@
 """A bidirectional LSTM over words, from token ids to a vector.
 
-Inputs: ids int32 [batch, length], 0 for padding, which changes nothing. Endpoints: `lstm1`, … [batch, length, 2 width],
-`dense1`, … [batch, width], and `features` [batch, dim], float32. Modules: `token`, `forward{i}`, `backward{i}`, `dense{i}`.
+Inputs: ids int32 [batch, length], 0 for padding, which changes nothing. Endpoints: `mask` bool [batch, length], `lstm1`, …
+[batch, length, 2 hidden], `dense1`, … [batch, width], and `features` [batch, dim], float32. Modules: `token`, `forward{i}`,
+`backward{i}`, `dense{i}`.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class TextLstm(nn.Module):
         real = tokens != 0
         drop = nn.Dropout(self.dropout, deterministic=not train)
         x = drop(nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name='token')(tokens))
-        endpoints = {}
+        endpoints = {'mask': real}
         for i in range(1, self.depth + 1):
             there = Lstm(self.hidden, dtype=self.dtype, name=f'forward{i}')(x, real)
             back = Lstm(self.hidden, reverse=True, dtype=self.dtype, name=f'backward{i}')(x, real)

@@ -1,8 +1,9 @@
 """Text encoders: a small transformer, a bag of embeddings and convolutions over words, from token ids to a vector.
 
 Inputs: ids int32 [batch, length], 0 for padding, which changes nothing. An id of `vocabulary` or more gives NaN, so that a
-tokenizer that does not fit is noticed at the first step. Endpoints: `block1`, … [batch, length, width] or `dense1`, …
-[batch, width], and `features` [batch, dim], float32. Modules: `token`, `position`, `block{i}`, `norm`, `dense{i}`, `conv{size}`.
+tokenizer that does not fit is noticed at the first step. Endpoints: `mask` bool [batch, length] and `block1`, … [batch,
+length, width], or `dense1`, … [batch, width], and `features` [batch, dim], float32. Modules: `token`, `position`, `block{i}`,
+`norm`, `dense{i}`, `conv{size}`.
 """
 
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ class TextTransformer(nn.Module):
         real = tokens != 0
         position = self.param('position', nn.initializers.normal(0.01), (self.length, self.width), jnp.float32)
         x = _embed(self.vocabulary, self.width, self.dtype)(tokens) + position[: tokens.shape[1]].astype(self.dtype)
-        endpoints = {}
+        endpoints = {'mask': real}
         for i in range(1, self.depth + 1):
             block = Block(self.heads, self.mlp_width, self.dropout, self.dtype, name=f'block{i}')
             x = endpoints[f'block{i}'] = block(x, real, train)
