@@ -12,7 +12,8 @@ from tl_jax.errors import UserError
 from tl_jax.models import create_model
 from tl_jax.objectives.base import Model
 from tl_jax.objectives.distillation.base import Pair
-from tl_jax.objectives.distillation.distilled import PROGRESS, distilled, terms_from
+from tl_jax.objectives.distillation.distilled import PROGRESS, distilled
+from tl_jax.objectives.distillation.weighted import terms_from
 from tl_jax.objectives.language import mlm
 
 TOKENS = np.array([[5, 7, 5, 3, 9], [1, 19, 2, 0, 0], [4, 6, 0, 0, 0]], np.int32)

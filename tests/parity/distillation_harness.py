@@ -16,7 +16,7 @@ import numpy as np
 from parity_harness import draw
 
 from tl_jax.objectives.distillation.base import Pair, Term
-from tl_jax.objectives.distillation.distilled import terms_from
+from tl_jax.objectives.distillation.weighted import terms_from
 from tl_jax.trees import flatten
 
 try:

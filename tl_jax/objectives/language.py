@@ -108,7 +108,11 @@ def mlm(
         outputs, collections = forward(model, variables, shown, dropout)
         nats, hits = judged(_logits(outputs, 'mlm_logits', 'mlm_head=True'), masked)
         count = jnp.maximum(masked.real.sum(), 1)
-        aux = Aux({'accuracy': hits.sum() / count}, collections, endpoints={**outputs, 'inputs': shown, 'mlm_real': masked.real})
+        aux = Aux(
+            {'accuracy': hits.sum() / count},
+            collections,
+            endpoints={**outputs, 'inputs': shown, 'mlm_real': masked.real},
+        )
         return nats.sum() / count, aux
 
     def predict(variables, batch):
