@@ -13,10 +13,12 @@ from tl_jax import experiment as experiment_lib
 from tl_jax import mesh as mesh_lib
 from tl_jax import trees
 from tl_jax.errors import UserError
-from tl_jax.objectives import started
+from tl_jax.objectives import Model, started
+from tl_jax.objectives.distillation.asked import teachers_from
 from tl_jax.objectives.distillation.base import Pair
 from tl_jax.objectives.distillation.levels import teacher_shares
 from tl_jax.objectives.distillation.logits import soft_targets
+from tl_jax.pretrained import class_names, save_variables
 from tl_jax.state import create_state, variables_of
 from tl_jax.step import create_train_step, layouts
 from tl_jax.train import Preempted, train_and_evaluate
@@ -326,3 +328,23 @@ def test_labels_judge_an_endpoint_that_there_is(config):
     whole['objective']['logits'] = 'class_logits'
     with pytest.raises(UserError, match="objective.logits: the network gives no 'class_logits'; did you mean 'logits'"):
         parts(whole)
+
+
+def test_classes_of_other_names_want_a_mapping():
+    network = Model(None, None, class_names=('ant', 'bee'))
+    ask = lambda names, **fields: teachers_from(
+        network, [network], ('logits',), **{'classes': (), 'class_names': names, 'decay': 1.0, **fields}
+    )
+    assert ask(['ant', 'bee']).roles == ('teacher',)
+    assert ask(['0', '1']) and ask(['cat', 'dog'], classes=[1, 0])  # numbers say nothing; a mapping says all
+    with pytest.raises(
+        UserError, match='the teacher tells ant, bee apart, the data bee, ant; name the teacher’s class for'
+    ):
+        ask(['bee', 'ant'])
+
+
+def test_a_run_says_which_classes_its_network_tells_apart(tmp_path):
+    for names, told in ((['ant', 'bee'], ('ant', 'bee')), (['0', '1'], ())):
+        card = {'tl_jax': json.dumps({'class_names': names})}
+        save_variables(tmp_path / 'model.safetensors', {'params': {'head': {'bias': np.zeros(2)}}}, card)
+        assert class_names(tmp_path / 'model.safetensors') == told

@@ -41,7 +41,8 @@ def test_a_masked_language_model_and_its_teacher_see_the_same_tokens_hidden():
         dict(name='minilm', layer='block1'),
     ]
     objective = mlm(model, vocabulary=20, mask_id=19, special=[0, 1], rate=0.4)
-    taught = distilled(objective, model=model, num_classes=2, num_examples={'train': 3}, terms=terms, label_weight=2.0)
+    facts = dict(num_classes=2, class_names='ab', num_examples={'train': 3})
+    taught = distilled(objective, model=model, **facts, terms=terms, label_weight=2.0)
     batch = {'train': {'tokens': jnp.asarray(TOKENS)}}
     rng = np.random.default_rng(0)
     draw = lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32)

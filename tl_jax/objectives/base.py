@@ -19,11 +19,13 @@ class Model(NamedTuple):
       apply: as a Linen module's: (variables, inputs, train=…, mutable=…, rngs=…) -> endpoints, with `features` [B, D] and,
         where there is a head, `logits` [B, C].
       classify: the head alone: (variables, features [B, D], train=…, rngs=…) -> logits [B, C].
+      class_names: of its logits, where the file of its weights says them.
     """
 
     init: Callable
     apply: Callable
     classify: Callable | None = None
+    class_names: tuple[str, ...] = ()
 
 
 # Several networks: in a config a list of sections, or one section.

@@ -253,6 +253,12 @@ def root_of(source: str | os.PathLike, ignore: Sequence[str], fresh: Sequence[st
     return base, [re.escape(name.partition('/')[2]) for name in contents.tensors]
 
 
+def class_names(source: str | os.PathLike) -> tuple[str, ...]:
+    """The classes of a run's network, as its file names them; none where it does not, or only numbers them."""
+    names = tuple(map(str, based.card_of(read(locate(source))).get('class_names') or ()))
+    return () if names == tuple(map(str, range(len(names)))) else names
+
+
 def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
     """A model's section with the names of checkpoints and the sizes that stand beside their weights put in.
 

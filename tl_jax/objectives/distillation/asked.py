@@ -75,19 +75,38 @@ class Teachers(NamedTuple):
 
 
 def teachers_from(
-    student: Model, teacher: Sequence[Model], reads: tuple[str, ...], classes: Sequence[int], decay: float
+    student: Model,
+    teacher: Sequence[Model],
+    reads: tuple[str, ...],
+    *,
+    classes: Sequence[int],
+    class_names: Sequence[str],
+    decay: float,
 ) -> Teachers:
-    """Gives the teachers their roles, and refuses those that nothing asks."""
+    """Gives the teachers their roles; refuses those that nothing asks, and those that tell other classes apart."""
     if teacher and not reads:
         raise UserError(f'{FIELD}.teacher: none of the terms asks a teacher; leave it out, or add such a term')
     roles = [f'teacher{k}' if k > 1 else 'teacher' for k in range(1, len(teacher) + 1)]
     networks = {name: role(name, network) for name, network in zip(roles, teacher, strict=True)}
+    for name, network in zip(roles, teacher, strict=True):
+        theirs, ours = network.class_names, tuple(class_names)
+        named = theirs and ours != tuple(map(str, range(len(ours))))
+        if named and theirs != ours and 'logits' in reads and not classes:
+            raise UserError(
+                f'{FIELD}.teacher: the {name} tells {said(theirs)} apart, the data {said(ours)}; name the teacher’s class '
+                'for each of the student’s in `classes`'
+            )
     found = Teachers(student, networks, reads, classes, decay)
     if not 0 <= decay <= 1:
         raise UserError(f'{FIELD}.decay: must lie in 0 … 1, not {decay}; 1 keeps the teacher as the stage finds it')
     if decay < 1 and not found.itself:
         raise UserError(f'{FIELD}.decay: is of a student that teaches itself; leave out the teacher, or the decay')
     return found
+
+
+def said(names: Sequence[str]) -> str:
+    """The first few names, and how many there are."""
+    return ', '.join(names) if len(names) <= 4 else f'{", ".join(names[:4])}, … ({len(names)})'
 
 
 def mapped(logits: Float[Array, 'batch teacher'], classes: Sequence[int]) -> Float[Array, 'batch classes']:

@@ -27,6 +27,7 @@ def distilled(
     *,
     model: Model,
     num_classes: int,
+    class_names: Sequence[str],
     num_examples: Mapping[str, int],
     terms: Sequence[Mapping[str, Any]],
     teacher: Models = (),
@@ -46,6 +47,7 @@ def distilled(
       objective: gives the student's pass in `Aux.endpoints`: supervised, unsupervised (no labels), mlm, …
       model: the student.
       num_classes: of the data.
+      class_names: of the data.
       num_examples: of each stream.
       terms: `dict(name='soft_targets', temperature=4.0, weight=0.9)`: the fields of a constructor of `TERMS`, and `weight`.
       teacher: a network, its section as `config.model`, or a list of them: roles `teacher`, `teacher2`, …, which never learn.
@@ -61,7 +63,7 @@ def distilled(
     stream = stream or objective.streams[0]
     weighted = terms_from(terms, {'num_classes': num_classes, 'num_examples': num_examples.get(stream, 0)})
     reads = tuple(dict.fromkeys(name for w in weighted for name in w.term.teacher))
-    teachers = teachers_from(model, teacher, reads, classes, decay)
+    teachers = teachers_from(model, teacher, reads, classes=classes, class_names=class_names, decay=decay)
     check_level(label_weight, f'{FIELD}.label_weight')
     check_weights(teacher_weights, len(teachers.roles))
 
