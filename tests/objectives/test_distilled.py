@@ -348,3 +348,11 @@ def test_a_run_says_which_classes_its_network_tells_apart(tmp_path):
         card = {'tl_jax': json.dumps({'class_names': names})}
         save_variables(tmp_path / 'model.safetensors', {'params': {'head': {'bias': np.zeros(2)}}}, card)
         assert class_names(tmp_path / 'model.safetensors') == told
+
+
+def test_a_student_that_teaches_itself_judges_by_the_head_that_it_had(config):
+    term = dict(name='srrl', student='features', weight=1.0)
+    built, start, _ = parts(config(teacher=[], terms=[term], label_weight=0.0))
+    head = {'params': {'head': {'kernel': 9.0 + start['params']['head']['kernel']}}}
+    before, after = (loss(built, variables)[0] for variables in (start, trees.merge(start, head)))
+    assert before == after > 0

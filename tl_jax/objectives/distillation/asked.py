@@ -65,8 +65,12 @@ class Teachers(NamedTuple):
 
     def pair(self, name: str, variables: Any, **sides: Any) -> Pair:
         """A term's view of the student and this teacher."""
-        by = lambda network: lambda features: network.classify(network_of(variables), features, train=False)
-        return Pair(student_head=by(self.student), teacher_head=by(self.networks.get(name, self.student)), **sides)
+
+        # Not before a term asks: a student that teaches itself is copied when the stage begins, after terms are initialised.
+        asked = lambda: self.followed(variables) if self.itself else variables
+        head = lambda network, now: lambda x: network.classify(network_of(now()), x, train=False)
+        theirs = head(self.networks.get(name, self.student), asked)
+        return Pair(student_head=head(self.student, lambda: variables), teacher_head=theirs, **sides)
 
     def fixed(self, stream: str) -> tuple[Fixed, ...]:
         """Those that never learn, as the loop sees them."""

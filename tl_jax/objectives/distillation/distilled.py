@@ -75,7 +75,8 @@ def distilled(
         def look(variables, batch):
             ready = start(variables)
             outputs = objective.loss({**ready, **PROGRESS}, batch, key)[1].endpoints
-            return outputs, teachers.taught(ready, batch[stream], outputs.get('inputs'))
+            shown = outputs.get('inputs', inputs_of(batch[stream]))
+            return outputs, {name: teachers.endpoints(name, ready, shown) for name in teachers.roles}
 
         student, taught = jax.eval_shape(look, variables, batch)
         sides = lambda name: dict(student=student, teacher=taught[name], fields=fields)
