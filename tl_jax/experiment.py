@@ -360,8 +360,8 @@ def _networks(
                 made[name] = tuple(network(section, f'{field}[{i}]') for i, section in enumerate(given))
         elif parameter.default is parameter.empty:
             raise UserError(
-                f"{where}.{name}: needs another network; add {where}.{name}=dict(name='mlp', dense=[100], …), with the fields "
-                'of config.model'
+                f"{where}.{name}: '{constructor.__name__}' needs another network; add {where}.{name}=dict(name='mlp', "
+                'dense=[100], …), with the fields of config.model'
             )
     return made
 
@@ -369,7 +369,9 @@ def _networks(
 def _network(section: Any, where: str, *, classes: int, dtype: Any, load: bool) -> Model:
     if not isinstance(section, Mapping):
         raise UserError(f"{where}: must be a network such as dict(name='mlp', dense=[100]), not {section!r}")
-    return call(model_from, pretrained.resolved(section), where, classes=classes, dtype=dtype, load=load)
+    model = call(model_from, pretrained.resolved(section), where, classes=classes, dtype=dtype, load=load)
+    named = load and section.get('source')
+    return model._replace(class_names=pretrained.class_names(section['source'])) if named else model
 
 
 def parameter_count(tree: Any) -> int:

@@ -66,7 +66,6 @@ def model_from(
         return module.apply(variables, features, train, rngs=rngs, method='classify')
 
     model = Model(init, module.apply, classify)
-    names = pretrained.class_names(source) if source and load else ()
     if quantize:
         model = forgetful(model, dtype=dtype)
     if peft:
@@ -74,8 +73,7 @@ def model_from(
         model = peft_files.model_with(plain, peft, module.backbone, active=active, loading=loading, load=load)
     elif active:
         raise UserError('config.model.active: there is no adapter; add model.peft=dict(name=…)')
-    model = call(quantized, quantize, 'config.model.quantize', model, dtype=dtype) if quantize else model
-    return model._replace(class_names=names)
+    return call(quantized, quantize, 'config.model.quantize', model, dtype=dtype) if quantize else model
 
 
 def layer_order(section: Mapping[str, Any]) -> tuple[str, ...]:
