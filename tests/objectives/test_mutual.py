@@ -108,7 +108,7 @@ def test_a_cohort_of_unlike_networks_in_a_run(config, tmp_path):
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        (dict(), 'config.objective.peers: needs another network'),
+        (dict(), "config.objective.peers: 'mutual' needs another network"),
         (dict(peers=[]), 'config.objective.peers: is empty'),
         (dict(peers=LINEAR, temperature=0.0), 'config.objective: temperature must be above 0, not 0'),
         (dict(peers={**LINEAR, 'num_classes': 7}), r'config.objective.peers: tell \[7, 10\] classes apart'),
