@@ -75,7 +75,8 @@ def steps_of(teacher: str, student: str, examples: int) -> dict[str, Callable[[]
     batch = {'image': jnp.asarray(image), 'label': jnp.asarray(rng.integers(0, CLASSES, examples), jnp.int32)}
     pupil = network(student)
     plain = supervised(pupil, num_classes=CLASSES)
-    facts = {'model': pupil, 'num_classes': CLASSES, 'num_examples': {'train': examples}}
+    names = tuple(map(str, range(CLASSES)))
+    facts = {'model': pupil, 'num_classes': CLASSES, 'class_names': names, 'num_examples': {'train': examples}}
     taught = distilled(plain, **facts, terms=[SOFT], teacher=(network(teacher),), label_weight=0.1)
     variables = taught.init(jax.random.key(0), {'train': batch})
     (fixed,) = taught.fixed

@@ -14,7 +14,7 @@ from tl_jax.experiment import build
 from tl_jax.run import Run
 from tl_jax.state import variables_of
 from tl_jax.step import progress
-from tl_jax.teaching import all_logits, highest, with_fields, with_teachers
+from tl_jax.teaching import all_logits, highest, with_fields, with_fixed_networks
 from tl_jax.train import initial_state, train_and_evaluate
 
 SGD = {'name': 'sgd', 'lr': 0.1}
@@ -55,7 +55,7 @@ def begun(config):
 def as_told(config):
     """A run, its state, and the run as its first stage sees it."""
     run, state = begun(config)
-    return run, state, with_teachers(run, state, 0)
+    return run, state, with_fixed_networks(run, state, 0)
 
 
 def asked(teacher, state, batch):

@@ -354,10 +354,10 @@ def _networks(
             continue
         if name in fields:
             given, field = fields.pop(name), f'{where}.{name}'
-            if hint is Model or not isinstance(given, list | tuple):
-                made[name] = network(given, field) if hint is Model else (network(given, field),)
-            else:
-                made[name] = tuple(network(section, f'{field}[{i}]') for i, section in enumerate(given))
+            several = hint == Models and isinstance(given, list | tuple)
+            sections = {f'{field}[{i}]': section for i, section in enumerate(given)} if several else {field: given}
+            built = tuple(network(section, at) for at, section in sections.items())
+            made[name] = built if hint == Models else built[0]
         elif parameter.default is parameter.empty:
             raise UserError(
                 f"{where}.{name}: '{constructor.__name__}' needs another network; add {where}.{name}=dict(name='mlp', "
@@ -370,8 +370,9 @@ def _network(section: Any, where: str, *, classes: int, dtype: Any, load: bool) 
     if not isinstance(section, Mapping):
         raise UserError(f"{where}: must be a network such as dict(name='mlp', dense=[100]), not {section!r}")
     model = call(model_from, pretrained.resolved(section), where, classes=classes, dtype=dtype, load=load)
-    named = load and section.get('source')
-    return model._replace(class_names=pretrained.class_names(section['source'])) if named else model
+    if not (load and section.get('source')):
+        return model
+    return model._replace(class_names=functools.partial(pretrained.class_names, section['source']))
 
 
 def parameter_count(tree: Any) -> int:

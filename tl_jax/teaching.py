@@ -36,7 +36,7 @@ from tl_jax.state import TrainState, variables_of
 VALUES, CLASSES, REST = (':values', ':classes', ':rest')
 
 
-def with_teachers(run: Run, state: TrainState, number: int) -> Run:
+def with_fixed_networks(run: Run, state: TrainState, number: int) -> Run:
     """The run as stage `number` is to see it: with what its fixed networks say among the fields, where they can run once.
 
     Args:

@@ -28,7 +28,7 @@ from tl_jax.run import Run, evaluate_splits, final_figures, fixed_figures
 from tl_jax.selection import selection_from
 from tl_jax.state import TrainState, create_state, enter_stage, variables_of, with_variables
 from tl_jax.step import create_train_step, layouts
-from tl_jax.teaching import with_teachers
+from tl_jax.teaching import with_fixed_networks
 
 
 class Preempted(Exception):
@@ -81,7 +81,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
             if place is None or place.stage != number:
                 place = Place(number, int(state.step))
                 state = begin_stage(run, state, number)
-            seen = with_features(with_teachers(run, state, number), state, number)
+            seen = with_features(with_fixed_networks(run, state, number), state, number)
             state = train_stage(seen, state, place, asked_to_stop)
         checkpoints.wait()
         comparable = [r for r in log.records if r['stage'] >= experiment.first_comparable]

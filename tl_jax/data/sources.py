@@ -79,12 +79,11 @@ def open_source(
     package).
 
     Labels must lie in 0 … `num_classes` - 1 where that is given. `omit=[3]` leaves out the examples of a class, which stays
-    one. `shots=k` keeps k labelled examples of every
-    class, drawn by `shots_seed` after the slice. `labels` names a run's `predictions/….npz` whose classes take the
-    place of the labels; `unlabelled` hides them: no method can look at them. `episodes` makes each
-    example a few-shot task of what is left (see `tl_jax.data.episodes`). `buckets=[16, 32, 64]` makes batches of texts of
-    like length and pads each to the first of these that holds it (see `tl_jax.data.buckets`). Anything amiss is a
-    UserError of one line.
+    one. `shots=k` keeps k labelled examples of every class, drawn by `shots_seed` after the slice. `labels` names a run's
+    `predictions/….npz` whose classes take the place of the labels; `unlabelled` hides them: no method can look at them.
+    `episodes` makes each example a few-shot task of what is left (see `tl_jax.data.episodes`). `buckets=[16, 32, 64]` makes
+    batches of texts of like length and pads each to the first of these that holds it (see `tl_jax.data.buckets`). Anything
+    amiss is a UserError of one line.
     """
     kind, colon, rest = spec.partition(':')
     if not colon or kind not in KINDS:

@@ -19,13 +19,13 @@ class Model(NamedTuple):
       apply: as a Linen module's: (variables, inputs, train=…, mutable=…, rngs=…) -> endpoints, with `features` [B, D] and,
         where there is a head, `logits` [B, C].
       classify: the head alone: (variables, features [B, D], train=…, rngs=…) -> logits [B, C].
-      class_names: of its logits, where the file of its weights says them.
+      class_names: () -> those of its logits as the file of its weights says them, which is read then; none where it does not.
     """
 
     init: Callable
     apply: Callable
     classify: Callable | None = None
-    class_names: tuple[str, ...] = ()
+    class_names: Callable[[], tuple[str, ...]] = tuple
 
 
 # Several networks: in a config a list of sections, or one section.
@@ -143,6 +143,11 @@ def label_of(stream: dict[str, Any]) -> Int[Array, 'batch']:
     return stream['label']
 
 
+def targets_of(stream: dict[str, Any], num_classes: int) -> Float[Array, 'batch classes']:
+    """What a stream's batch is to be: `target` [B, C], rows summing to 1, where a view has mixed it, else one-hot labels."""
+    return stream['target'] if 'target' in stream else nn.one_hot(label_of(stream), num_classes)
+
+
 def network_of(variables: Any) -> dict[str, Any]:
     """What a network is applied with: its parameters and batch statistics, without what methods keep beside them."""
     return {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
@@ -255,4 +260,4 @@ def _renamed(model: Model, inside: Callable, around: Callable) -> Model:
     def classify(variables, features, **options):
         return model.classify(inside(variables), features, **options)
 
-    return Model(init, apply, classify)
+    return model._replace(init=init, apply=apply, classify=classify)

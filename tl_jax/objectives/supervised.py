@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
-from jax import nn
 
 from tl_jax.errors import UserError, nearest
-from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, label_of
+from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, targets_of
 
 
 def supervised(
@@ -38,7 +37,7 @@ def supervised(
         if logits not in outputs:
             raise UserError(f"config.objective.logits: the network gives no '{logits}'; {nearest(logits, outputs)}")
         found = outputs[logits].astype(jnp.float32)
-        target = fields['target'] if 'target' in fields else nn.one_hot(label_of(fields), num_classes)
+        target = targets_of(fields, num_classes)
         smooth = optax.smooth_labels(target, label_smoothing)
         share = jnp.ones(found.shape[0]) if weights is None else target @ weights
         value = jnp.sum(share * optax.softmax_cross_entropy(found, smooth)) / jnp.sum(share)

@@ -9,8 +9,7 @@ from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
 from tl_jax.objectives.base import Fixed, Model, inputs_of, network_of, role
-from tl_jax.objectives.distillation.base import Pair
-from tl_jax.objectives.distillation.levels import FIELD
+from tl_jax.objectives.distillation.base import FIELD, Pair
 from tl_jax.objectives.teachers import teacher_of
 
 
@@ -72,6 +71,23 @@ class Teachers(NamedTuple):
         theirs = head(self.networks.get(name, self.student), asked)
         return Pair(student_head=head(self.student, lambda: variables), teacher_head=theirs, **sides)
 
+    def pairs(self, variables: Any, taught: Mapping[str, Mapping[str, Array]], **sides: Any) -> dict[str, Pair]:
+        """That of each teacher, by role."""
+        return {name: self.pair(name, variables, teacher=taught[name], **sides) for name in self.roles}
+
+    def require_classes(self, class_names: Sequence[str]) -> None:
+        """Refuses teachers whose files say that they tell other classes apart than the data have, unless they are mapped."""
+        ours = tuple(class_names)
+        if self.classes or 'logits' not in self.reads or ours == tuple(map(str, range(len(ours)))):
+            return
+        for name, network in self.networks.items():
+            theirs = network.class_names()
+            if theirs and theirs != ours:
+                raise UserError(
+                    f'{FIELD}.teacher: the {name} tells {said(theirs)} apart, the data {said(ours)}; name the teacher’s class '
+                    'for each of the student’s in `classes`'
+                )
+
     def fixed(self, stream: str) -> tuple[Fixed, ...]:
         """Those that never learn, as the loop sees them."""
         say = lambda name: lambda variables, fields: self.endpoints(name, variables, inputs_of(fields))
@@ -84,22 +100,13 @@ def teachers_from(
     reads: tuple[str, ...],
     *,
     classes: Sequence[int],
-    class_names: Sequence[str],
     decay: float,
 ) -> Teachers:
-    """Gives the teachers their roles; refuses those that nothing asks, and those that tell other classes apart."""
+    """Gives the teachers their roles, and refuses those that nothing asks."""
     if teacher and not reads:
         raise UserError(f'{FIELD}.teacher: none of the terms asks a teacher; leave it out, or add such a term')
     roles = [f'teacher{k}' if k > 1 else 'teacher' for k in range(1, len(teacher) + 1)]
     networks = {name: role(name, network) for name, network in zip(roles, teacher, strict=True)}
-    for name, network in zip(roles, teacher, strict=True):
-        theirs, ours = network.class_names, tuple(class_names)
-        named = theirs and ours != tuple(map(str, range(len(ours))))
-        if named and theirs != ours and 'logits' in reads and not classes:
-            raise UserError(
-                f'{FIELD}.teacher: the {name} tells {said(theirs)} apart, the data {said(ours)}; name the teacher’s class '
-                'for each of the student’s in `classes`'
-            )
     found = Teachers(student, networks, reads, classes, decay)
     if not 0 <= decay <= 1:
         raise UserError(f'{FIELD}.decay: must lie in 0 … 1, not {decay}; 1 keeps the teacher as the stage finds it')

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
+FIELD = 'config.objective.distilled'
+
 
 class Pair(NamedTuple):
     """A batch as the student and one of its teachers see it; of shapes in place of arrays where a term is initialised.

@@ -15,7 +15,8 @@ from jaxtyping import Array
 from tl_jax import trees
 from tl_jax.objectives.base import Model, Models, Objective, inputs_of, network_of, refreshed, started, with_loss
 from tl_jax.objectives.distillation.asked import agreement, teachers_from
-from tl_jax.objectives.distillation.levels import FIELD, check_level, check_weights, level, teacher_shares
+from tl_jax.objectives.distillation.base import FIELD
+from tl_jax.objectives.distillation.levels import check_level, check_weights, level, teacher_shares
 from tl_jax.objectives.distillation.weighted import begun, compared, terms_from
 
 # What a loss sees of its place in a stage, where only shapes are asked for.
@@ -63,11 +64,12 @@ def distilled(
     stream = stream or objective.streams[0]
     weighted = terms_from(terms, {'num_classes': num_classes, 'num_examples': num_examples.get(stream, 0)})
     reads = tuple(dict.fromkeys(name for w in weighted for name in w.term.teacher))
-    teachers = teachers_from(model, teacher, reads, classes=classes, class_names=class_names, decay=decay)
+    teachers = teachers_from(model, teacher, reads, classes=classes, decay=decay)
     check_level(label_weight, f'{FIELD}.label_weight')
     check_weights(teacher_weights, len(teachers.roles))
 
     def init(key: Array, batch: Any) -> dict[str, Any]:
+        teachers.require_classes(class_names)
         variables, fields = objective.init(key, batch), batch[stream]
         for k, network in enumerate(teachers.networks.values()):
             variables = trees.merge(variables, network.init(jax.random.fold_in(key, k + 1), inputs_of(fields)))
@@ -79,8 +81,7 @@ def distilled(
             return outputs, {name: teachers.endpoints(name, ready, shown) for name in teachers.roles}
 
         student, taught = jax.eval_shape(look, variables, batch)
-        sides = lambda name: dict(student=student, teacher=taught[name], fields=fields)
-        pairs = {name: teachers.pair(name, variables, **sides(name)) for name in teachers.roles}
+        pairs = teachers.pairs(variables, taught, student=student, fields=fields)
         return trees.merge(variables, begun(weighted, pairs, key))
 
     def start(variables: Any) -> dict[str, Any]:
@@ -93,8 +94,7 @@ def distilled(
             value, aux = loss(variables, batch, key)
             fields, fraction = batch[stream], variables['progress']['fraction']
             taught = teachers.taught(variables, fields, aux.endpoints.get('inputs'))
-            sides = lambda name: dict(student=aux.endpoints, teacher=taught[name], fields=fields, fraction=fraction)
-            pairs = {name: teachers.pair(name, variables, **sides(name)) for name in teachers.roles}
+            pairs = teachers.pairs(variables, taught, student=aux.endpoints, fields=fields, fraction=fraction)
             shares = teacher_shares(teacher_weights, taught, fields)
             values, states = compared(weighted, pairs, shares, variables, key)
             total = sum(level(w.level, fraction) * values[w.label] for w in weighted)

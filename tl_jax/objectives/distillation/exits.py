@@ -7,7 +7,7 @@ from jax import lax, nn
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import label_of
+from tl_jax.objectives.base import targets_of
 from tl_jax.objectives.distillation.base import Pair, Term
 from tl_jax.objectives.distillation.layers import FIELD, Layers, at_least_float32, layer_pairs
 from tl_jax.objectives.distillation.logits import check_temperature, divergence
@@ -65,7 +65,7 @@ def exits(
 
     def loss(params, state, pair, key):
         deepest, wanted = (lax.stop_gradient(at_least_float32(pair.student[name])) for name in (student, features))
-        target = pair.fields['target'] if 'target' in pair.fields else nn.one_hot(label_of(pair.fields), num_classes)
+        target = targets_of(pair.fields, num_classes)
         value = 0.0
         for i, name in enumerate(names, start=1):
             own = params[f'layer{i}']

@@ -9,8 +9,15 @@ from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
 from tl_jax.objectives.distillation.base import Pair, Term
-from tl_jax.objectives.distillation.hints import mean_of_example
-from tl_jax.objectives.distillation.layers import FIELD, Layer, aligned, layer_pair, reads, require_maps
+from tl_jax.objectives.distillation.layers import (
+    FIELD,
+    Layer,
+    aligned,
+    layer_pair,
+    mean_of_example,
+    reads,
+    require_maps,
+)
 from tl_jax.objectives.distillation.projectors import conv, conv_init
 
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax import nn
-from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
 from tl_jax.objectives.distillation.base import Pair, Term
@@ -12,7 +11,10 @@ from tl_jax.objectives.distillation.layers import (
     Layers,
     aligned,
     at_least_float32,
+    each_layer,
     layer_pairs,
+    mean_of_example,
+    over_layers,
     reads,
     require_joinable,
     require_same_channels,
@@ -47,12 +49,11 @@ def hints(*, layers: Layers, projection: bool = True, norm: bool = False) -> Ter
         return each_layer(key, pair, names, lambda key, s, t: projector_init(key, s, t, norm=norm))
 
     def loss(params, state, pair, key):
-        value = 0.0
-        for place, pair_of_names in enumerate(names, start=1):
-            s, t = aligned(pair, pair_of_names)
-            s = project(params[f'layer{place}'], s) if projection else s
-            value += mean_of_example(jnp.square(s - t))
-        return value, state
+        def apart(own, both):
+            s, t = aligned(pair, both)
+            return mean_of_example(jnp.square((project(own, s) if projection else s) - t))
+
+        return over_layers(params, names, apart), state
 
     return Term(loss, init=init, **reads(names))
 
@@ -87,14 +88,13 @@ def vid(*, layers: Layers, variance: float = 5.0) -> Term:
         return each_layer(key, pair, names, regressor)
 
     def loss(params, state, pair, key):
-        value = 0.0
-        for place, pair_of_names in enumerate(names, start=1):
-            own = params[f'layer{place}']
-            s, t = aligned(pair, pair_of_names)
+        def surprise(own, both):
+            s, t = aligned(pair, both)
             mu = dense(own['linear3'], nn.relu(dense(own['linear2'], nn.relu(dense(own['linear1'], s)))))
             var = nn.softplus(own['alpha']) + floor
-            value += 0.5 * mean_of_example(jnp.square(t - mu) / var + jnp.log(var))
-        return value, state
+            return 0.5 * mean_of_example(jnp.square(t - mu) / var + jnp.log(var))
+
+        return over_layers(params, names, surprise), state
 
     return Term(loss, init=init, **reads(names))
 
@@ -139,13 +139,3 @@ def srrl(
         return feature_weight * features + prediction_weight * logits, state
 
     return Term(loss, init=init, **reads([names]))
-
-
-def each_layer(key: Array, pair: Pair, names, make) -> dict:
-    """{'layer1': make(key, student's channels, teacher's), 'layer2': …}"""
-    channels = [(pair.student[s].shape[-1], pair.teacher[t].shape[-1]) for s, t in names]
-    return {f'layer{i}': make(jax.random.fold_in(key, i), *widths) for i, widths in enumerate(channels, start=1)}
-
-
-def mean_of_example(x: Float[Array, 'batch *rest']) -> Float[Array, 'batch']:
-    return jnp.mean(x, tuple(range(1, x.ndim)))

@@ -4,16 +4,19 @@ A map [B, H, W, C], a sequence [B, L, C] and a vector [B, C] are told apart by t
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from tl_jax.errors import UserError
+from tl_jax.objectives.distillation.base import FIELD as SECTION
 from tl_jax.objectives.distillation.base import Pair
 
-FIELD = 'config.objective.distilled.terms'
+FIELD = f'{SECTION}.terms'
 # A name that both networks have, or [the student's, the teacher's].
 Layers = Sequence[str | Sequence[str]]
 Layer = str | Sequence[str]
@@ -54,6 +57,25 @@ def aligned(pair: Pair, names: tuple[str, str]) -> tuple[Array, Array]:
     if {s.ndim, t.ndim} == {2, 4}:
         return tuple(x if x.ndim == 2 else jnp.mean(x, (1, 2)) for x in (s, t))
     return s, t
+
+
+def each_layer(
+    key: Array, pair: Pair, pairs: Sequence[tuple[str, str]], make: Callable[[Array, int, int], dict]
+) -> dict[str, dict]:
+    """What each layer learns, `{'layer1': make(key, the student's channels, the teacher's), 'layer2': …}`."""
+    channels = [(pair.student[s].shape[-1], pair.teacher[t].shape[-1]) for s, t in pairs]
+    return {f'layer{i}': make(jax.random.fold_in(key, i), *widths) for i, widths in enumerate(channels, start=1)}
+
+
+def over_layers(
+    params: Mapping[str, Any], pairs: Sequence[tuple[str, str]], compare: Callable[[Any, tuple[str, str]], Array]
+) -> Array:
+    """Σ compare(what a layer has learnt, {} where none learns; the names of its endpoints) over the layers of `each_layer`."""
+    return sum(compare(params.get(f'layer{i}', {}), both) for i, both in enumerate(pairs, start=1))
+
+
+def mean_of_example(x: Float[Array, 'batch *rest']) -> Float[Array, 'batch']:
+    return jnp.mean(x, tuple(range(1, x.ndim)))
 
 
 def at_least_float32(x: Array) -> Array:

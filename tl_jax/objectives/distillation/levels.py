@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from tl_jax.config import call, check_type
 from tl_jax.errors import UserError
-from tl_jax.objectives.base import label_of
+from tl_jax.objectives.base import targets_of
+from tl_jax.objectives.distillation.base import FIELD
 
-FIELD = 'config.objective.distilled'
 # A number, or dict(start=…, end=…, until=…).
 Level = float | Mapping[str, float]
 
@@ -54,7 +54,7 @@ def teacher_shares(
     log_p = jnp.stack([nn.log_softmax(found['logits'].astype(jnp.float32)) for found in teachers.values()])
     if how == 'entropy':
         return nn.softmax(jnp.sum(jnp.exp(log_p) * log_p, -1), 0)
-    target = fields['target'] if 'target' in fields else nn.one_hot(label_of(fields), log_p.shape[-1])
+    target = targets_of(fields, log_p.shape[-1])
     return (1 - nn.softmax(-jnp.sum(target * log_p, -1), 0)) / (count - 1)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from tl_jax.errors import UserError
 from tl_jax.objectives.base import cross_entropy, label_of, unit
 from tl_jax.objectives.distillation.base import Pair, Term, comparing
+from tl_jax.objectives.distillation.layers import FIELD
 
 
 def soft_targets(
@@ -104,9 +105,7 @@ def virtual_teacher(
     """
     check_temperature(temperature)
     if not 0 < correct < 1:
-        raise UserError(
-            f'config.objective.distilled.terms: virtual_teacher.correct is a probability, above 0 and below 1, not {correct}'
-        )
+        raise UserError(f'{FIELD}: virtual_teacher.correct is a probability, above 0 and below 1, not {correct}')
 
     def compare(pair):
         s = pair.student['logits'].astype(jnp.float32)
@@ -153,7 +152,7 @@ def pearson(x: Float[Array, 'rows columns'], y: Float[Array, 'rows columns']) ->
     return jnp.sum(unit(x - jnp.mean(x, -1, keepdims=True)) * unit(y - jnp.mean(y, -1, keepdims=True)), -1)
 
 
-def check_temperature(temperature: float, section: str = 'config.objective.distilled.terms') -> None:
+def check_temperature(temperature: float, section: str = FIELD) -> None:
     if not temperature > 0:
         raise UserError(f'{section}: temperature must be above 0, not {temperature}')
 

@@ -5,8 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tl_jax.objectives.distillation.base import Pair, Term
-from tl_jax.objectives.distillation.hints import each_layer
-from tl_jax.objectives.distillation.layers import Layers, aligned, at_least_float32, layer_pairs, reads, require_maps
+from tl_jax.objectives.distillation.layers import (
+    Layers,
+    aligned,
+    at_least_float32,
+    each_layer,
+    layer_pairs,
+    reads,
+    require_maps,
+)
 from tl_jax.objectives.distillation.projectors import project, projector_init
 
 

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float
 from tl_jax.errors import UserError
 from tl_jax.objectives.base import unit
 from tl_jax.objectives.distillation.base import Pair, Term, comparing
-from tl_jax.objectives.distillation.hints import each_layer
 from tl_jax.objectives.distillation.layers import (
     FIELD,
     Layers,
     aligned,
+    each_layer,
     layer_pairs,
+    over_layers,
     reads,
     require_maps,
     require_same_channels,
@@ -120,12 +121,12 @@ def correlation_code(*, layers: Layers = ('features',), width: int = 128) -> Ter
         return each_layer(key, pair, names, maps)
 
     def loss(params, state, pair, key):
-        value = 0.0
-        for place, (s, t) in enumerate(names, start=1):
-            own = params[f'layer{place}']
-            gap = dense(own['student'], vectors(pair.student[s])) - dense(own['teacher'], vectors(pair.teacher[t]))
-            value += jnp.mean(jnp.sum(jnp.abs(gap[:-1] * gap[1:]), -1))
-        return value, state
+        def neighbours(own, both):
+            s, t = vectors(pair.student[both[0]]), vectors(pair.teacher[both[1]])
+            gap = dense(own['student'], s) - dense(own['teacher'], t)
+            return jnp.mean(jnp.sum(jnp.abs(gap[:-1] * gap[1:]), -1))
+
+        return over_layers(params, names, neighbours), state
 
     return Term(loss, init=init, weight=0.02, **reads(names))
 
@@ -152,13 +153,15 @@ def ickd(*, layers: Layers, projection: bool = True) -> Term:
         return each_layer(key, pair, names, lambda key, s, t: projector_init(key, s, t, norm=True))
 
     def loss(params, state, pair, key):
-        value = 0.0
-        for place, (s, t) in enumerate(names, start=1):
-            x, y = (side[name].astype(jnp.float32) for side, name in ((pair.student, s), (pair.teacher, t)))
-            x = project(params[f'layer{place}'], x) if projection else x
-            gap = unit(products(x, x)) - unit(products(y, y))
-            value += jnp.sum(jnp.square(gap), (1, 2)) / y.shape[-1]
-        return value, state
+        def apart(own, both):
+            s, t = (
+                side[name].astype(jnp.float32) for side, name in zip((pair.student, pair.teacher), both, strict=True)
+            )
+            s = project(own, s) if projection else s
+            gap = unit(products(s, s)) - unit(products(t, t))
+            return jnp.sum(jnp.square(gap), (1, 2)) / t.shape[-1]
+
+        return over_layers(params, names, apart), state
 
     return Term(loss, init=init, weight=2.5, **reads(names))
 
@@ -179,17 +182,19 @@ def nst(*, layers: Layers, degree: int = 2) -> Term:
     if degree < 1:
         raise UserError(f'{FIELD}: nst.degree must be 1 or more, not {degree}; 2 is the paper’s')
 
-    def compare(pair):
-        value = 0.0
-        for both in names:
-            s, t = (selectivity(x) for x in aligned(pair, both))
-            kernel = lambda x, y: jnp.mean(products(x, y) ** degree, (1, 2))
-            value += kernel(s, s) + kernel(t, t) - 2 * kernel(s, t)
-        return value
+    kernel = lambda x, y: jnp.mean(products(x, y) ** degree, (1, 2))
 
-    return comparing(
-        compare, init=lambda key, pair: require_maps('nst', pair, names) or {}, weight=50.0, **reads(names)
-    )
+    def discrepancy(s, t):
+        return kernel(s, s) + kernel(t, t) - 2 * kernel(s, t)
+
+    def compare(pair):
+        return sum(discrepancy(*map(selectivity, aligned(pair, both))) for both in names)
+
+    def init(key, pair: Pair):
+        require_maps('nst', pair, names)
+        return {}
+
+    return comparing(compare, init=init, weight=50.0, **reads(names))
 
 
 def among_examples(layers: Layers, compare: Callable[[Array, Array], Array], **attributes: Any) -> Term:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from tl_jax import trees
 from tl_jax.config import asked, call, check_type
 from tl_jax.errors import UserError, nearest
-from tl_jax.objectives.distillation.base import Pair, Term
-from tl_jax.objectives.distillation.levels import FIELD, Level, check_level
+from tl_jax.objectives.distillation.base import FIELD, Pair, Term
+from tl_jax.objectives.distillation.levels import Level, check_level
 from tl_jax.objectives.distillation.terms import TERMS
 
 
