@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tl_jax.models.layers import Forms, Window, choose_forms, convolve
 
-FORMS = ('xla', 'patches', 'taps')
+FORMS = ('xla', 'patches', 'taps', 'images')
 
 
 class Case(NamedTuple):

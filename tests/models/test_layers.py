@@ -67,7 +67,7 @@ def linens():
     return values_and_gradients([linen(**fields) for _, fields in GEOMETRIES])
 
 
-@pytest.mark.parametrize('form', ['xla', 'patches', 'taps', None])
+@pytest.mark.parametrize('form', ['xla', 'patches', 'taps', 'images', None])
 def test_conv_equals_linens_with_its_gradients(form, linens):
     """In every form: the same parameters, values and both gradients."""
     ours = values_and_gradients([Conv(**fields, form=form) for _, fields in GEOMETRIES])
@@ -90,11 +90,11 @@ def test_conv_is_differentiable_twice_and_forward(groups):
         return jax.jit(lambda v: jax.jvp(jax.grad(loss), (v,), (v,)))(variables)[1]['params']['kernel']
 
     expected = product('xla')
-    for form in ('patches', 'taps', None):
+    for form in ('patches', 'taps', 'images', None):
         np.testing.assert_allclose(product(form), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('form', ['xla', 'patches', 'taps'])
+@pytest.mark.parametrize('form', ['xla', 'patches', 'taps', 'images'])
 def test_conv_in_bfloat16_rounds_operands_only(form):
     x, variables = random(2, 6, 6, 32), {'params': {'kernel': random(3, 3, 32, 16)}}
 
@@ -115,7 +115,7 @@ def test_rule_keeps_patches_small():
     window = Window((1, 1), ((1, 1), (1, 1)), (1, 1), 1)
     assert choose_forms((32, 2, 2, 512), (3, 3, 512, 512), window) == Forms('patches', 'patches', 'patches')
     assert 'patches' not in choose_forms((4096, 2, 2, 512), (3, 3, 512, 512), window)
-    assert choose_forms((16, 56, 56, 64), (3, 3, 64, 64), window).output == 'xla'
+    assert choose_forms((16, 56, 56, 64), (3, 3, 64, 64), window) == Forms('xla', 'xla', 'images')
     assert choose_forms((16, 56, 56, 64), (3, 3, 1, 64), window._replace(groups=64)) == Forms('taps', 'taps', 'rows')
 
 

@@ -1,7 +1,7 @@
 """Convolution, batch normalisation and pooling, shared by every model. Layout NHWC; parameters and statistics float32.
 
 XLA's convolution on CPU is good for large maps, and up to a hundred times slower than a matrix product for small ones, for
-depthwise kernels and for many gradients. So on CPU `Conv` picks by shape (`choose_forms`) among four forms of the same sum,
+depthwise kernels and for many gradients. So on CPU `Conv` picks by shape (`choose_forms`) among five forms of the same sum,
 for the output and for each of the two gradients on its own:
 
   'xla'      `jax.lax.conv_general_dilated`;
@@ -10,7 +10,8 @@ for the output and for each of the two gradients on its own:
   'taps'     the sum over kernel positions of that position's view @ its matrix, or times its vector if depthwise: one view in
              memory at a time, but the output is read and written as often as the kernel has positions;
   'rows'     the same for depthwise kernels, a row of one image's output at a time in a loop: as a kernel's gradient its sums
-             stay in the cache, where XLA would write every view's product to memory before it adds it up.
+             stay in the cache, where XLA would write every view's product to memory before it adds it up;
+  'images'   the same for dense kernels, a few images at a time: 'patches' that fit the cache, or one image by 'taps'.
 
 On GPU and TPU the form is always 'xla'. The platform is `jax.default_backend()`, read while tracing, and not
 `jax.lax.platform_dependent`, whose branches would each keep their residuals for the gradient. A computation pinned to another
@@ -33,6 +34,8 @@ from jaxtyping import Array, Float
 from tl_jax.errors import UserError
 
 MAX_PATCH_BYTES = 64 * 2**20
+# What 'images' takes at a time, about a core's second cache; one image whose patches are larger than four of these goes by taps.
+CACHED_PATCH_BYTES = 2**20
 
 
 class Window(NamedTuple):
@@ -74,6 +77,8 @@ def choose_forms(x_shape: Sequence[int], kernel_shape: Sequence[int], window: Wi
       3×3,   14, 256→256, 32 groups, 16    25    27  10276     109    23    98     132    24    47
 
     'rows' for a depthwise kernel's gradient, on one core, beside 'taps' in the same run: 56, 144: 61 and 249; 7, 960: 4 and 11.
+    'images' for a dense kernel's, on one AVX2 core beside xla and taps: 14, 256: 78, 163, 116; 28, 128→128, 16: 114, 172, 154;
+    56, 64, 16: 133, 726, 256; 32, 16, 64: 15, 21, 66; 7×7/2, 64: 28, 157, 43; 8, 256, 32: 56, 74, 44.
 
     Args:
       x_shape: [batch, height, width, channels].
@@ -83,7 +88,7 @@ def choose_forms(x_shape: Sequence[int], kernel_shape: Sequence[int], window: Wi
     batch, *size, channels = x_shape
     *kernel_size, depth, _ = kernel_shape
     positions = math.prod(_output_size(size, kernel_size, window))
-    patch_bytes = 4 * batch * positions * math.prod(kernel_size) * channels
+    patch_bytes = batch * _patch_bytes((*size, channels), kernel_size, window)
     if math.prod(kernel_size) == 1:
         return Forms('patches', 'patches', 'patches')
     if depth == 1 and window.groups > 1:
@@ -93,7 +98,7 @@ def choose_forms(x_shape: Sequence[int], kernel_shape: Sequence[int], window: Wi
     if positions <= 49:
         form = 'patches' if patch_bytes <= MAX_PATCH_BYTES else 'taps'
         return Forms(form, form, form)
-    return Forms('xla', 'xla', 'taps' if depth >= 64 and positions <= 1024 else 'xla')
+    return Forms('xla', 'xla', 'taps' if depth >= 64 and positions <= 100 else 'images')
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -172,7 +177,21 @@ def _rows(x, kernel, window, dtype):
     return y.reshape(*y.shape[:3], -1)
 
 
-_FORMS = {'xla': _xla, 'patches': _patches, 'taps': _taps, 'rows': _rows}
+def _images(x, kernel, window, dtype):
+    batch, patch_bytes = len(x), _patch_bytes(x.shape[1:], kernel.shape[:2], window)
+    count = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * patch_bytes <= CACHED_PATCH_BYTES))
+    form = _patches if patch_bytes <= 4 * CACHED_PATCH_BYTES else _taps
+
+    # As in `_rows`, a gradient keeps the images and not their views.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def few(images, kernel):
+        return form(images, kernel, window, dtype)
+
+    y = lax.map(lambda images: few(images, kernel), x.reshape(-1, count, *x.shape[1:]))
+    return y.reshape(batch, *y.shape[2:])
+
+
+_FORMS = {'xla': _xla, 'patches': _patches, 'taps': _taps, 'rows': _rows, 'images': _images}
 
 
 def _views(x, kernel_shape, window) -> list[Float[Array, 'batch out_height out_width groups depth']]:
@@ -195,6 +214,11 @@ def _output_size(size: Sequence[int], kernel_size: Sequence[int], window: Window
         (n + sum(pad) - d * (k - 1) - 1) // s + 1
         for n, k, s, pad, d in zip(size, kernel_size, window.strides, window.padding, window.dilation, strict=True)
     ]
+
+
+def _patch_bytes(image_shape: Sequence[int], kernel_size: Sequence[int], window: Window) -> int:
+    *size, channels = image_shape
+    return 4 * math.prod(_output_size(size, kernel_size, window)) * math.prod(kernel_size) * channels
 
 
 def _product(views, matrices, groups, dtype):
@@ -226,12 +250,13 @@ class Conv(nn.Module):
       features: output channels.
       kernel_size: (rows, columns), or one number for both.
       strides: one number for both axes.
-      padding: 'same' and 'valid' as XLA and TensorFlow have them, or the rows and columns of zeros on every side, as torch.
+      padding: 'same' and 'valid' as XLA and TensorFlow have them, or as torch the rows and columns of zeros on every side, one
+        number for both.
       dilation: spacing of the kernel's positions.
       groups: `feature_group_count`; equal to the input's channels for a depthwise convolution.
       use_bias: whether there is one.
       dtype: of the computation. On CPU only the operands of matrix products take it; what comes out is float32.
-      form: 'xla', 'patches' or 'taps' for all three of output and gradients; None for the measured choice.
+      form: 'xla', 'patches', 'taps' or 'images' for all three of output and gradients; None for the measured choice.
       kernel_init: of the kernel.
       reparametrize: the stored kernel -> the one to convolve with, such as the standardised one; None for the same.
     """
@@ -239,7 +264,7 @@ class Conv(nn.Module):
     features: int
     kernel_size: int | tuple[int, int] = 3
     strides: int = 1
-    padding: int | str = 0
+    padding: int | tuple[int, int] | str = 0
     dilation: int = 1
     groups: int = 1
     use_bias: bool = False
@@ -281,8 +306,9 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _pad_amounts(padding, size, kernel_size, stride, dilation) -> tuple[tuple[int, int], tuple[int, int]]:
-    if isinstance(padding, int):
-        return ((padding, padding),) * 2
+    if not isinstance(padding, str):
+        rows, columns = _pair(padding)
+        return (rows, rows), (columns, columns)
     reach = [dilation * (k - 1) + 1 for k in kernel_size]
     return tuple(map(tuple, lax.padtype_to_pads(size, reach, _pair(stride), padding.upper())))
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tl_jax.errors import UserError
 from tl_jax.models.fields import check_fields, check_heads
+from tl_jax.models.layers import Conv
 
 
 class Block(nn.Module):
@@ -164,9 +165,17 @@ class TextCnn(nn.Module):
         x = jnp.where(real, token(tokens), 0)
         endpoints = {}
         for size in self.kernel_sizes:
-            around = [(size - 1, size - 1)]
-            y = nn.relu(nn.Conv(self.filters, (size,), padding=around, dtype=self.dtype, name=f'conv{size}')(x))
-            seen = nn.max_pool(real.astype(y.dtype), (size,), padding=around)
+            conv = Conv(
+                self.filters,
+                (size, 1),
+                padding=(size - 1, 0),
+                use_bias=True,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.lecun_normal(),
+                name=f'conv{size}',
+            )
+            y = nn.relu(conv(x[:, :, None])[:, :, 0])
+            seen = nn.max_pool(real.astype(y.dtype), (size,), padding=[(size - 1, size - 1)])
             endpoints[f'conv{size}'] = jnp.max(y * (seen > 0), 1)
         features = jnp.concatenate([endpoints[f'conv{size}'] for size in self.kernel_sizes], -1)
         return {**endpoints, 'features': features.astype(jnp.float32)}
