@@ -3,8 +3,9 @@
     python -m experiments.run regularised
     python -m experiments.merged [runs/regularised]
 
-A seed's ingredients are its runs under six objectives (`INGREDIENTS`), which began with the same weights and saw the same batches;
-all start from that seed's probe. 300 held-out images choose a scale, 897 others judge. Writes `experiments/results/merged/`.
+A seed's ingredients are its runs under six objectives (`INGREDIENTS`), which began with the same weights and saw the same
+batches; all start from that seed's probe. 300 held-out images choose a scale, 897 others judge. Writes
+`experiments/results/merged/`.
 """
 
 import statistics
