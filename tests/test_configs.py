@@ -1,4 +1,6 @@
-"""Every shipped config is parsed, and checked by shape through initialisation and one step of each stage; no data."""
+"""Every shipped config is resolved, and each that is built otherwise than the ones before it is checked by shape through
+initialisation and one step of each stage; no data.
+"""
 
 import inspect
 import json
@@ -19,8 +21,7 @@ from tl_jax.step import create_train_step, layouts
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# Large networks on many sets: of the variants that differ in their data alone one is checked by shape, all are read. Blocks that
-# only repeat others are left out, and convolutions within them.
+# Large networks: blocks that only repeat others are left out, and convolutions within them.
 TABLES = {
     'glue': {'depth': 2},
     'task_adaptation': {'stage_sizes': [1, 1, 1, 1], 'block': 'basic'},
@@ -31,20 +32,30 @@ TABLES = {
 CUT = ('distill', 'attention_transfer', 'repdistiller')
 
 
-def variants():
-    for path in sorted((ROOT / 'configs').glob('*.py')):
+CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+
+
+def names_of(path):
+    module, _ = config_lib.load_module(str(path))
+    return list(dict.fromkeys(v for v, _ in module.sweep()) if hasattr(module, 'sweep') else [''])
+
+
+def distinct():
+    """Of the variants that differ in rates, durations and what their data say alone, the first."""
+    for path in CONFIGS:
         module, _ = config_lib.load_module(str(path))
-        names = list(dict.fromkeys(v for v, _ in module.sweep()) if hasattr(module, 'sweep') else [''])
-        if path.stem in TABLES:
-            names = list({method_of(module.get_config(name)): name for name in reversed(names)}.values())[::-1]
-        for variant in names:
-            yield pytest.param(path, variant, id=f'{path.stem}:{variant}')
+        first = {shape_of(module.get_config(*([name] if name else []))): name for name in reversed(names_of(path))}
+        for name in reversed(first.values()):
+            yield pytest.param(path, name, id=f'{path.stem}:{name}')
 
 
-def method_of(config):
-    """What decides the shapes of a run, but for those of its data: rates and durations are numbers and left out."""
-    exact, loose = ([config.get(n) for n in names] for names in (('model', 'objective', 'gradient'), ('stages',)))
-    return json.dumps(config_lib.plain(exact)) + re.sub(r'-?\d[\d.e-]*', '#', json.dumps(config_lib.plain(loose)))
+def shape_of(config):
+    """What decides the shapes of a run, but for those of its data."""
+    plain = config_lib.plain(config)
+    exact = {name: plain.get(name) for name in ('model', 'objective', 'gradient', 'cache_top_k', 'cache_dtype')}
+    views = {name: value for name, value in plain['data'].items() if 'transform' in name}
+    numbers = re.sub(r'-?\d[\d.e-]*', '#', json.dumps(plain.get('stages')))
+    return json.dumps([exact, views, numbers])
 
 
 def blank_images(size, classes, label_fields=('label',), count=60_000):
@@ -110,7 +121,13 @@ BLANKS = {
 }
 
 
-@pytest.mark.parametrize(('path', 'variant'), list(variants()))
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_variant_is_resolved(path):
+    for name in names_of(path):
+        config_lib.resolve(config_lib.load(f'{path}:{name}' if name else str(path)))
+
+
+@pytest.mark.parametrize(('path', 'variant'), list(distinct()))
 def test_config_by_shape(path, variant, monkeypatch):
     assert inspect.getdoc(config_lib.load_module(str(path))[0]), 'a config says what it is for'
     for kind, blank in BLANKS.items():
