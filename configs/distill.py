@@ -83,6 +83,8 @@ FIRST = {
     'factor_transfer': [('projectors/.*/(encoder|decoder)/.*', True)],
 }
 STILL = {'factor_transfer': [('projectors/.*/(encoder|decoder)/.*', None)]}
+# Whose first steps, at the published weight and this rate, overflow without a limit to the gradient's norm.
+UNSTABLE = ('hints_beside', 'fsp')
 
 
 def get_config(arg: str = 'soft_targets') -> ml_collections.ConfigDict:
@@ -98,6 +100,8 @@ def get_config(arg: str = 'soft_targets') -> ml_collections.ConfigDict:
     )
     c.batch_size = 32
     c.cache_dtype = 'float16'
+    if arg in UNSTABLE:
+        c.clip_norm = 5.0
     *first, last = [objective_of(arg, distilled, raw) for distilled in METHODS[arg]]
     sgd = dict(name='momentum', weight_decay=5e-4)
     begin, rest = dict(sgd, lr=0.05), dict(sgd, lr=dict(name='cosine', peak=0.05))
