@@ -1,6 +1,6 @@
 """Every penalty and regulariser on MNIST → digits, five labelled images a class; no figures are published for it.
 
-What is merged after training, from the runs of `full` here: `python -m experiments.merged`.
+What is merged after training, from six of the rows here: `python -m experiments.merged`.
 """
 
 from pathlib import Path
