@@ -44,9 +44,25 @@ def distinct():
     """Of the variants that differ in rates, durations and what their data say alone, the first."""
     for path in CONFIGS:
         module, _ = config_lib.load_module(str(path))
-        first = {shape_of(module.get_config(*([name] if name else []))): name for name in reversed(names_of(path))}
+        config_of = lambda name, module=module: module.get_config(*([name] if name else []))
+        first = {shape_of(shrunk(path, config_of(name))): name for name in reversed(names_of(path))}
         for name in reversed(first.values()):
             yield pytest.param(path, name, id=f'{path.stem}:{name}')
+
+
+def shrunk(path, config):
+    """The config with its large networks cut, on one device, and sources that are here; none is read for shapes."""
+    config.mesh = dict(data=1)
+    if path.stem in TABLES:
+        config.model.update(TABLES[path.stem], source='shipped:mnist_convnet')
+        config.batch_size = 4
+        config.gradient = {'name': 'plain'}  # in place of one that cuts the batch
+    for network in (config.model, *teachers(config)) if path.stem in CUT else ():
+        network.update({'depth': 10} if 'wrn' in network['name'] else {'stage_sizes': [1, 1, 1]})
+        config.batch_size = 4
+    for teacher in teachers(config):
+        teacher.update(source='shipped:mnist_convnet')
+    return config
 
 
 def shape_of(config):
@@ -133,18 +149,7 @@ def test_config_by_shape(path, variant, monkeypatch):
     for kind, blank in BLANKS.items():
         blank.__signature__ = inspect.signature(sources.KINDS[kind])  # its options are still checked
         monkeypatch.setitem(sources.KINDS, kind, blank)
-    config = config_lib.load(f'{path}:{variant}' if variant else str(path))
-    config.mesh = dict(data=1)
-    if path.stem in TABLES:
-        # A file that is there; none is read for shapes.
-        config.model.update(TABLES[path.stem], source='shipped:mnist_convnet')
-        config.batch_size = 4
-        config.gradient = {'name': 'plain'}  # in place of one that cuts the batch
-    for network in (config.model, *teachers(config)) if path.stem in CUT else ():
-        network.update({'depth': 10} if 'wrn' in network['name'] else {'stage_sizes': [1, 1, 1]})
-        config.batch_size = 4
-    for teacher in teachers(config):
-        teacher.update(source='shipped:mnist_convnet')
+    config = shrunk(path, config_lib.load(f'{path}:{variant}' if variant else str(path)))
     experiment = experiment_lib.build(config_lib.resolve(config))
     layout_of = layouts(experiment, mesh_lib.create_mesh(data=1))
     for number in range(len(experiment.stages)):
