@@ -11,10 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Small programs are compiled once and run a few times: what LLVM would make faster is not worth its time.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
-jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
-jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+for field, value in {
+    'jax_platforms': 'cpu',
+    'jax_compilation_cache_dir': str(ROOT / '.jax_cache'),
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+}.items():
+    jax.config.update(field, value)
+    os.environ[field.upper()] = str(value)  # of the processes that tests start
 os.environ['XDG_CACHE_HOME'] = str(ROOT / '.jax_cache')  # of cached features
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +34,9 @@ def sweep():
 
 
 def launch(*arguments, cwd=ROOT):
-    environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache'), 'JAX_PLATFORMS': 'cpu'}
     return subprocess.run(
         [sys.executable, str(ROOT / 'launch.py'), *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, env=environment, check=False,
+        cwd=cwd, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
