@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Small programs are compiled once and run a few times: what LLVM would make faster is not worth its time.
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=1'
 jax.config.update('jax_num_cpu_devices', 8)
 for field, value in {
     'jax_platforms': 'cpu',
