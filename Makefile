@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.ready  ## transfer a shipped MNIST network to other people's digits, 5 labels a class
 	$(BIN)/python launch.py --mode=sweep --config=configs/quickstart.py --workdir=runs/quickstart
 
-# Files in their order: by their number of tests, xdist's own, the runs that are killed come last and on one core.
+# xdist would begin with the files of most tests; the slow runs that are killed, few tests, then end alone on one core.
 test: $(VENV)/.ready  ## the fast tests, on every core up to four
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
