@@ -26,9 +26,10 @@ TABLES = {
     'glue': {'depth': 2},
     'task_adaptation': {'stage_sizes': [1, 1, 1, 1], 'block': 'basic'},
     'vpt': {'depth': 2},
-    'vtab': {'stage_sizes': [1, 1], 'widths': [64, 128]},
+    'vtab': {'name': 'timm/resnetv2_50x1_bit.goog_in21k', 'stage_sizes': [1, 1], 'widths': [64, 128]},
 }
-# Cut likewise, student and teacher, and every variant checked; the third stage stays, whose endpoints terms name.
+# Cut likewise, student and teacher, so that networks of several depths are one; the third stage stays, whose endpoints terms
+# name.
 CUT = ('distill', 'attention_transfer', 'repdistiller')
 
 
@@ -58,7 +59,9 @@ def shrunk(path, config):
         config.batch_size = 4
         config.gradient = {'name': 'plain'}  # in place of one that cuts the batch
     for network in (config.model, *teachers(config)) if path.stem in CUT else ():
-        network.update({'depth': 10} if 'wrn' in network['name'] else {'stage_sizes': [1, 1, 1]})
+        wide = 'wrn' in network['name']
+        name = re.sub(r'\d+', '16' if wide else '20' if 'x' not in network['name'] else '8', network['name'], count=1)
+        network.update({'name': name, 'depth': 10} if wide else {'name': name, 'stage_sizes': [1, 1, 1]})
         config.batch_size = 4
     for teacher in teachers(config):
         teacher.update(source='shipped:mnist_convnet')
