@@ -155,11 +155,13 @@ def _claims(relation: Relation, lines: Mapping[str, Line]) -> list[Claim]:
 
 
 def _claim(relation: Relation, column: str, left: Line, right: Line) -> Claim:
-    if not left.values or not right.values:
+    """Of the means over the seeds that both have: a seed that one side lacks may be an easy or a hard one."""
+    shared = sorted(left.values.keys() & right.values.keys())
+    if not shared:
         return Claim(relation.text, column, None, None, None)
-    bound = relation.factor * right.mean + relation.offset
-    holds = COMPARISONS[relation.compare](left.mean, bound)
-    return Claim(relation.text, column, left.mean, bound, bool(holds))
+    mean, bound = (statistics.fmean(line.values[seed] for seed in shared) for line in (left, right))
+    bound = relation.factor * bound + relation.offset
+    return Claim(relation.text, column, mean, bound, bool(COMPARISONS[relation.compare](mean, bound)))
 
 
 def _distinct(items: Iterable[str]) -> tuple[str, ...]:

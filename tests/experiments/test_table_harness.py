@@ -304,6 +304,16 @@ def test_relations_are_checked_for_each_column(tmp_path, config_file):
     assert claims[2].right == pytest.approx(85) and claims[4].right == pytest.approx(0.9 * 86)
 
 
+def test_a_relation_is_of_the_seeds_that_both_have(tmp_path, config_file):
+    cells = [Cell('a', 'x', config_file, {'objective.label_smoothing': 0.2}), Cell('b', 'x', config_file)]
+    bench = bench_of(tmp_path, table_of(cells, RELATIONS=['a > b']))
+    run.run_cells(bench, ['a/x'], (0, 1))
+    assert drawn_of(bench, (0, 1)).claims[0].holds is None
+    run.run_cells(bench, ['b/x'], (1, 2))
+    claim = drawn_of(bench, (0, 1, 2)).claims[0]
+    assert (claim.left, claim.right) == pytest.approx((87, 71))
+
+
 def test_error_percent_and_open_ranges(tmp_path, config_file):
     cells = [
         Cell('a', 'error', config_file, unit='error %', published=29.5, accept=(None, 31.0)),
