@@ -1,14 +1,15 @@
-"""The shipped text encoder at five tasks, by every plain way to adapt it.
+"""The shipped text encoder at seven tasks, by every plain way to adapt it.
 
     python launch.py --config=configs/text.py:trec,lora --workdir=runs/text/trec,lora
-    python launch.py --config=configs/text.py --workdir=runs/text --mode=sweep       # all forty, one table
+    python launch.py --config=configs/text.py --workdir=runs/text --mode=sweep       # all of them, one table
 
 The encoder (configs/pretrain_mlm.py: 1.9 million parameters, 1.5 million words) meets SST-2 (film reviews, phrases to train
-on), MR (the same, sentences), SUBJ (is it opinion?), TREC (what does a question ask for?) and CoLA (is it a sentence? by
-Matthews' correlation, `mcc`). A tenth of the training texts, or the set's own validation file, chooses the checkpoint; SST-2
-and CoLA are judged on GLUE's development set, whose test labels are not public, MR and SUBJ on a fifth held out by the
-copy at hand, TREC on its test set; which parts of their texts the encoder has seen, its card says. `scratch` has
-the same network and words without what it learnt. The rates are guesses, not tuned. Reads ../shared/data/text.tar.xz.
+on), MR (the same, sentences), SUBJ (is it opinion?), TREC (what does a question ask for?), CoLA (is it a sentence? by
+Matthews' correlation, `mcc`) and two of pairs: MRPC (do both say the same?) and RTE (does the second follow?). A tenth of the
+training texts, or the set's own validation file, chooses the checkpoint; SST-2, CoLA and RTE are judged on GLUE's development
+set, whose test labels are not public, MR and SUBJ on a fifth held out by the copy at hand, TREC and MRPC on their test sets;
+which parts of their texts the encoder has seen, its card says. `scratch` has the same network and words without what it
+learnt. The rates are guesses, not tuned. Reads ../shared/data/text.tar.xz.
 """
 
 from collections.abc import Iterator
@@ -45,6 +46,22 @@ def question(name: str, **options) -> dict:
     return dict(spec=f'tsv:{QUESTIONS}/{name}', pattern=pattern, text='text', class_names=kinds, **TEXT, **options)
 
 
+# The encoder learnt from single texts, a sentence of a pair as one: what tells the second of a pair is new to it.
+PAIR = dict(TEXT, length=128, buckets=[32, 64, 128])
+
+
+def paraphrase(spec: str) -> dict:
+    columns = dict(text=['#1 String', '#2 String'], label='Quality')
+    return dict(spec=f'tsv:{ARCHIVE}/mrpc/msr_paraphrase_{spec}', **columns, **PAIR)
+
+
+def entailment(name: str) -> dict:
+    text, kinds = ['sentence1', 'sentence2'], ['entailment', 'not_entailment']
+    # The validation file has no first line with the columns' names.
+    columns = dict(columns=['index', *text, 'label']) if name == 'val' else {}
+    return dict(spec=f'tsv:{GLUE}/RTE/{name}.tsv', text=text, class_names=kinds, **columns, **PAIR)
+
+
 # Many questions stand twice in these files, and ten of the test set's among them.
 ONCE = dict(unique=True, without=f'{QUESTIONS}/test.txt')
 # name -> the data, epochs, and what chooses the checkpoint.
@@ -70,6 +87,16 @@ TASKS = {
         'accuracy',
     ),
     'cola': (dict(train=judgement('train'), eval=judgement('val'), test=judgement('dev')), 5, 'mcc'),
+    'mrpc': (
+        dict(train=paraphrase('train.txt[:90%]'), eval=paraphrase('train.txt[90%:]'), test=paraphrase('test.txt')),
+        4,
+        'accuracy',
+    ),
+    'rte': (
+        dict(train=entailment('train'), eval=entailment('val'), test=entailment('dev')),
+        4,
+        'accuracy',
+    ),
 }
 
 

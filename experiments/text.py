@@ -1,4 +1,4 @@
-"""The encoder pretrained here at five text tasks: from scratch, probed, tuned whole and by thin adapters.
+"""The encoder pretrained here at seven text tasks: from scratch, probed, tuned whole and by thin adapters.
 
 No figures are published for this encoder; the claims are what pretraining is for.
 """
@@ -10,7 +10,7 @@ SEEDS = 3
 SELECTION = ''  # the configs': val/accuracy, CoLA's val/mcc
 UNIT = '%'
 
-TASKS = {'sst2': 'SST-2', 'mr': 'MR', 'subj': 'SUBJ', 'trec': 'TREC', 'cola': 'CoLA'}
+TASKS = {'sst2': 'SST-2', 'mr': 'MR', 'subj': 'SUBJ', 'trec': 'TREC', 'cola': 'CoLA', 'mrpc': 'MRPC', 'rte': 'RTE'}
 METHODS = ('scratch', 'probe', 'full', 'llrd', 'bitfit', 'lora', 'adapters', 'prefix')
 CELLS = [
     Cell(method, column, f'configs/text.py:{task},{method}', metric='test/mcc' if task == 'cola' else 'test/accuracy')
