@@ -7,10 +7,12 @@
         --start=runs/regularised/probe/seed0 --files=runs/regularised/full/seed0
 
 The task is that of configs/quickstart.py: the shipped network of MNIST, 50 labelled digits of scikit-learn to learn from, 300
-to choose the checkpoint by, 897 to be judged on. All methods train the head alone first (Kumar et al. 2022,
-arXiv:2202.10054), then everything. Weights are of the papers' order; nothing was tuned here. `swa` is
-the plain mean of the last half of the steps. For the rows of tllib's table (ResNet-50 on CUB, Cars, Aircraft) name that
-network and those images instead; its weights of penalties that sum over a batch are B times ours.
+to choose the checkpoint by, 897 to be judged on. The head trains alone first (Kumar et al. 2022, arXiv:2202.10054), then
+everything. Weights are of the papers' order; nothing was tuned here. Three methods want another network than the rest, so
+each has that network without it beside it: `stoch_norm` is to be held against `batch_norm`, `r_drop` against `dropout` and
+`stochastic_depth` against `residual`; these last two start from nothing and train everything at once. `swa` is the plain mean of
+the last half of the steps, `ema` the running mean of decay 0.9. For the rows of tllib's table (ResNet-50 on CUB, Cars,
+Aircraft) name that network and those images instead; its weights of penalties that sum over a batch are B times ours.
 """
 
 from collections.abc import Iterator
@@ -31,9 +33,13 @@ METHODS = {
     'lwf': dict(lwf=dict(weight=1.0, temperature=2.0, source_classes=10)),
     'bi_tuning': dict(bi_tuning=dict(keys=8, view=dict(translation=1.0))),  # five examples a class cannot fill 40
     'mixout': dict(mixout=dict(p=0.7)),
+    'dropout': {},
     'r_drop': dict(r_drop=dict(weight=1.0)),
+    'batch_norm': {},
     'stoch_norm': dict(stoch_norm=dict(p=0.5)),
+    'residual': {},
     'stochastic_depth': {},
+    'ema': {},
     'swa': {},
 }
 ADAM = dict(name='adam', lr=3e-4)
@@ -62,13 +68,20 @@ def get_config(arg: str = 'l2_sp') -> ml_collections.ConfigDict:
     c.log_every = 25
     c.select_by = 'val/accuracy'
     c.keep = 1
-    if arg == 'r_drop':  # two passes differ by their dropout
+    if arg in ('dropout', 'r_drop'):  # two passes differ by their dropout
         c.model.vector_dropout = 0.3
-    if arg == 'stoch_norm':  # the shipped network has no batch norm; its own begin as identities, without the biases
+    if arg in (
+        'batch_norm',
+        'stoch_norm',
+    ):  # the shipped network has no batch norm; its own begin as identities, without the biases
         c.model.update(norm='batch', fresh=['head/.*', 'backbone/norm.*'], ignore=['.*/conv./bias'])
-    if arg == 'stochastic_depth':  # wants blocks to leave out; no residual network is shipped, so from scratch
-        c.model = dict(name='resnet18', stage_sizes=[1, 1], widths=[16, 32], stem_width=16, stem='small', drop_path=0.2)
+    if arg in ('residual', 'stochastic_depth'):  # wants blocks to leave out; no residual network is shipped
+        drop_path = 0.2 if arg == 'stochastic_depth' else 0.0
+        small = dict(stage_sizes=[1, 1], widths=[16, 32], stem_width=16, stem='small')
+        c.model = dict(name='resnet18', drop_path=drop_path, **small)
         c.stages = [dict(name='full', steps=100, train=[('.*', dict(ADAM, lr=1e-3))])]
+    if arg == 'ema':
+        c.ema, c.select_by = 0.9, 'last'
     if arg == 'swa':
         c.ema, c.ema_from, c.select_by = 1.0, 0.5, 'last'
     return c

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Large networks: blocks that only repeat others are left out, and convolutions within them.
 TABLES = {
     'glue': {'depth': 2},
+    'language': {'depth': 2},
     'task_adaptation': {'stage_sizes': [1, 1, 1, 1], 'block': 'basic'},
     'vpt': {'depth': 2},
     'vtab': {'name': 'timm/resnetv2_50x1_bit.goog_in21k', 'stage_sizes': [1, 1], 'widths': [64, 128]},
@@ -115,6 +116,12 @@ def blank_texts():
     return source
 
 
+def blank_tags(path, length, class_names, **_):
+    tokens = np.ones(length, np.int32)
+    get = lambda i: {'tokens': tokens, 'token_label': tokens}
+    return data_lib.Source(path, 2000, get, class_names=tuple(class_names), lengths=np.full(2000, length))
+
+
 def blank_arrays(path, **options):
     return blank_images((32, 32, 3) if 'cifar' in path else (28, 28, 1), 10)(path, **options)
 
@@ -130,6 +137,8 @@ BLANKS = {
     'tsv': blank_texts(),
     'jsonl': blank_texts(),
     'lines': blank_texts(),
+    'packed': blank_texts(),
+    'conll': blank_tags,
     'tfds': blank_images((40, 40, 3), 10),
     'folder': blank_images((40, 40, 3), 2),
     'npz': blank_arrays,
