@@ -57,17 +57,19 @@ def figures(workdir):
     return [r[k] for r in lines for k in ('train/loss', 'train/accuracy', 'val/loss', 'val/accuracy') if k in r]
 
 
-def texts(folder):
+def texts(folder, **options):
     rng = np.random.default_rng(0)
     rows = [f'{"".join(rng.choice(list("abcdefgh "), rng.integers(5, 20)))},{i % 2}' for i in range(40)]
     (folder / 'texts.csv').write_text('\n'.join(['text,label', *rows]))
-    spec = {'spec': f'csv:{folder}/texts.csv', 'text': 'text', 'tokenizer': 'bytes', 'length': 24}
+    spec = {'spec': f'csv:{folder}/texts.csv', 'text': 'text', 'tokenizer': 'bytes', 'length': 24, **options}
     return {'train': spec, 'eval': spec}
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', [*MODELS, 'bert in buckets'])
 def test_a_head_learns_the_same_on_cached_features(config, tmp_path, capsys, kind):
-    changes = {'model': MODELS[kind], **({'data': texts(tmp_path)} if kind == 'bert' else {})}
+    name, _, bucketed = kind.partition(' in ')
+    buckets = {'buckets': [12, 24]} if bucketed else {}
+    changes = {'model': MODELS[name], **({'data': texts(tmp_path, **buckets)} if name == 'bert' else {})}
     with_cache = train_and_evaluate(config(**changes), tmp_path / 'cached')
     assert "probe: features of 40 examples of 'train' computed in" in capsys.readouterr().out
     without = train_and_evaluate(config(**changes, cache_features=False), tmp_path / 'uncached')

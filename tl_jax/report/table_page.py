@@ -248,7 +248,13 @@ def _cards(paper: PaperTable) -> str:
     figures += [('results', f'{done} of {done + lost}', 'figures times seeds')]
     if paper.claims:
         holds = sum(claim.holds is True for claim in paper.claims)
-        figures.append(('claims that hold', f'{holds} of {len(paper.claims)}', 'orderings of the paper, by our means over shared seeds'))
+        figures.append(
+            (
+                'claims that hold',
+                f'{holds} of {len(paper.claims)}',
+                'orderings of the paper, by our means over shared seeds',
+            )
+        )
     return cards(figures)
 
 
