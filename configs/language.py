@@ -1,7 +1,7 @@
 """To go on with texts and to tag their words: a small GPT-2 from news to captions, the shipped encoder at names.
 
     python -m experiments.language_corpus runs/language                                     # once; seconds
-    python launch.py --config=configs/language.py:news --workdir=runs/language/news         # the language model to start from
+    python launch.py --config=configs/language.py:news --workdir=runs/language/news/seed0   # the language model to start from
     python launch.py --config=configs/language.py:captions,lora --workdir=runs/language/captions,lora
     python launch.py --config=configs/language.py:names,full --workdir=runs/language/names,full
     python -m experiments.run language --workdir=runs/language                              # all of it, with the table
@@ -65,7 +65,7 @@ def get_config(arg: str = 'names,lora') -> ml_collections.ConfigDict:
 def windows(c: ml_collections.ConfigDict, task: str, method: str) -> None:
     c.model = dict(DECODER)
     if method not in ('', 'scratch'):
-        c.model.source = f'{PREPARED}/news/model.safetensors'
+        c.model.source = f'{PREPARED}/news/seed0/model.safetensors'
     if task == 'captions':
         learnt, rest, judged = (
             f'{CAPTIONS}/train.en.gz[:10%]',

@@ -2,12 +2,14 @@
 
     python launch.py --config=configs/peft.py:lora --workdir=runs/peft/lora            # what does a question ask for?
     python launch.py --config=configs/peft.py:digits,lora --workdir=runs/peft/digits,lora
+    python launch.py --config=configs/peft.py:mnist,vit --workdir=runs/peft/mnist,vit/seed0        # what usps,vpt starts from
     python launch.py --config=configs/peft.py --workdir=runs/peft --mode=sweep         # all of them, one table
 
 Besides the methods of `tl_jax.peft.ADAPTERS`: `lora_plus` (two learning rates), `qlora` and `lora_int8` (the encoder in four
-and eight bits). `digits` has those that change convolutions; `vpt` needs a vision transformer, of which no weights are at
-hand, so a small one learns MNIST first, then 500 digits of USPS. Rates are guesses, not tuned. Texts, MNIST and USPS are
-read from ../shared/data; the other digits and both networks come with the project.
+and eight bits), `lora_embedding` (LoRA on the table of words, too). `digits` has those that change convolutions. Prompts among
+patches need a vision transformer, of which no weights are at hand: `mnist,vit` makes a small one, which `usps,vpt`,
+`usps,vpt_shallow` and, beside them, `usps,probe` and `usps,full` take to 500 digits of USPS. Rates are guesses, not tuned.
+Texts, MNIST and USPS are read from ../shared/data; the other digits and both networks come with the project.
 """
 
 from collections.abc import Iterator
@@ -51,6 +53,7 @@ WEIGHTS = {
     'lora_int8': (dict(name='lora', rank=8), 2e-3),
     'ssf': (dict(name='ssf'), 5e-3),
 }
+WORDS_TOO = {'lora_embedding': (dict(name='lora', rank=8, targets='backbone/token|.*/(query|value)'), 2e-3)}
 ACTIVATIONS = {
     'ia3': (dict(name='ia3'), 1e-2),
     'houlsby': (dict(name='houlsby', width=16), 2e-3),
@@ -76,20 +79,25 @@ def rules(method: str, rate: float) -> list:
     return [('adapters/.*', adamw(rate)), head]
 
 
+# name -> config.model.peft, where there is one, and what learns.
+PROMPTS = dict(name='vpt', tokens=8, patch_size=7)
+TRANSFORMER = {
+    'probe': (None, [('head/.*', adamw(1e-2))]),
+    'full': (None, [('.*', adamw(1e-3))]),
+    'vpt_shallow': (dict(PROMPTS, deep=False), rules('vpt', 1e-2)),
+    'vpt': (PROMPTS, rules('vpt', 1e-2)),
+}
+
+
 def get_config(arg: str = 'lora') -> ml_collections.ConfigDict:
-    method, on_digits = arg.removeprefix('digits,'), arg.startswith('digits,')
+    data, _, method = arg.rpartition(',')
     c = ml_collections.ConfigDict()
-    if method == 'vpt':
-        vision_transformer(c)
-    elif on_digits:
-        digits(c, method)
-    else:
-        questions(c, method)
+    {'': questions, 'digits': digits, 'mnist': mnist, 'usps': usps}[data](c, method)
     if method in BASES:
         c.model.quantize = BASES[method]
     if method == 'adalora':
         c.objective = dict(name='supervised', orthogonal=dict(weight=0.1))
-    c.name = f'{"USPS" if method == "vpt" else "digits" if on_digits else "TREC"}, {method}'
+    c.name = f'{data or "TREC"}, {method}'
     c.select_by = 'val/accuracy'
     c.clip_norm = 1.0
     c.keep = 1
@@ -97,7 +105,7 @@ def get_config(arg: str = 'lora') -> ml_collections.ConfigDict:
 
 
 def questions(c: ml_collections.ConfigDict, method: str) -> None:
-    peft, rate = {**WEIGHTS, **ACTIVATIONS}[method]
+    peft, rate = {**WEIGHTS, **WORDS_TOO, **ACTIVATIONS}[method]
     text = dict(
         # `city What county is Modesto in ?	LOC`: the finer class stands ahead of the question.
         pattern=r'\S+ (?P<text>.*\S)\s*\t(?P<label>\w+)',
@@ -140,29 +148,37 @@ def digits(c: ml_collections.ConfigDict, method: str) -> None:
     c.log_every = 25
 
 
-def vision_transformer(c: ml_collections.ConfigDict) -> None:
-    c.model = dict(VIT, peft=dict(name='vpt', tokens=8, patch_size=7))
+def mnist(c: ml_collections.ConfigDict, method: str) -> None:
+    c.model = dict(VIT)
+    images = f'npz:{DATA}/mnist.npz'
+    handwriting(c, f'{images}/train[:20000]', f'{images}/train[90%:]', f'{images}/test', ['to_float'])
+    c.stages = [dict(name=method, steps=1500, train=[('.*', adamw(1e-3))])]
+
+
+def usps(c: ml_collections.ConfigDict, method: str) -> None:
+    peft, train = TRANSFORMER[method]
+    c.model = dict(VIT, source='runs/peft/mnist,vit/seed0/model.safetensors', fresh=['head/.*'])
+    if peft:
+        c.model.peft = peft
     place = [dict(name='resize', size=[28, 28]), 'to_float']
-    c.data = dict(
-        train=dict(source=f'npz:{DATA}/mnist.npz/train[:20000]', target=f'npz:{DATA}/usps.npz/train[:500]'),
-        eval=f'npz:{DATA}/usps.npz/train[80%:]',
-        test=f'npz:{DATA}/usps.npz/test',
-        train_transform=dict(source=['to_float'], target=place),
-        eval_transform=place,
-    )
+    images = f'npz:{DATA}/usps.npz'
+    handwriting(c, f'{images}/train[:500]', f'{images}/train[80%:]', f'{images}/test', place)
+    c.stages = [dict(name=method, steps=200, train=train)]
+
+
+def handwriting(c: ml_collections.ConfigDict, train: str, rest: str, test: str, transform: list) -> None:
+    c.data = dict(train=train, eval=rest, test=test, train_transform=transform, eval_transform=transform)
     c.batch_size = 50
     c.eval_batch_size = 300
-    stream = lambda name: dict(name='supervised', stream=name)
-    c.stages = [
-        dict(name='MNIST', steps=1500, objective=stream('source'), train=[('(backbone|head)/.*', adamw(1e-3))]),
-        dict(name='vpt', steps=200, objective=stream('target'), train=rules('vpt', 1e-2)),
-    ]
     c.eval_every = 100
     c.log_every = 50
 
 
 def sweep() -> Iterator[tuple[str, dict]]:
-    for method in (*WEIGHTS, *ACTIVATIONS, 'vpt'):
+    for method in (*WEIGHTS, *WORDS_TOO, *ACTIVATIONS):
         yield method, {'seed': 0}
     for method in WEIGHTS:
         yield f'digits,{method}', {'seed': 0}
+    yield 'mnist,vit', {'seed': 0}
+    for method in TRANSFORMER:
+        yield f'usps,{method}', {'seed': 0}

@@ -15,10 +15,13 @@ METRIC = 'test/accuracy'
 UNIT = '%'
 
 CONFIG = run_file(Path(__file__).resolve().parent.parent / 'configs' / 'peft.py')
+VIT = Cell('vit', 'MNIST', 'configs/peft.py:mnist,vit')
+TREC = (*CONFIG.WEIGHTS, *CONFIG.WORDS_TOO, *CONFIG.ACTIVATIONS)
 CELLS = [
     *(Cell(method, 'digits', f'configs/peft.py:digits,{method}') for method in CONFIG.WEIGHTS),
-    *(Cell(method, 'TREC', f'configs/peft.py:{method}') for method in (*CONFIG.WEIGHTS, *CONFIG.ACTIVATIONS)),
-    Cell('vpt', 'USPS', 'configs/peft.py:vpt'),
+    *(Cell(method, 'TREC', f'configs/peft.py:{method}') for method in TREC),
+    VIT,
+    *(Cell(method, 'USPS', f'configs/peft.py:usps,{method}', after=VIT.name) for method in CONFIG.TRANSFORMER),
 ]
 # A base in fewer bits is to cost little.
 RELATIONS = [f'{method}/TREC > lora/TREC - 2' for method in ('qlora', 'lora_int8')]

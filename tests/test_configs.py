@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Large networks: blocks that only repeat others are left out, and convolutions within them.
 TABLES = {
     'glue': {'depth': 2},
-    'language': {'depth': 2},
     'task_adaptation': {'stage_sizes': [1, 1, 1, 1], 'block': 'basic'},
     'vpt': {'depth': 2},
     'vtab': {'name': 'timm/resnetv2_50x1_bit.goog_in21k', 'stage_sizes': [1, 1], 'widths': [64, 128]},
@@ -34,6 +33,7 @@ TABLES = {
 CUT = ('distill', 'attention_transfer', 'repdistiller')
 
 
+HERE = 'shipped:mnist_convnet'  # weights that are always there; of no network in question, and not read
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 
 
@@ -56,7 +56,7 @@ def shrunk(path, config):
     """The config with its large networks cut, on one device, and sources that are here; none is read for shapes."""
     config.mesh = dict(data=1)
     if path.stem in TABLES:
-        config.model.update(TABLES[path.stem], source='shipped:mnist_convnet')
+        config.model.update(TABLES[path.stem], source=HERE)
         config.batch_size = 4
         config.gradient = {'name': 'plain'}  # in place of one that cuts the batch
     for network in (config.model, *teachers(config)) if path.stem in CUT else ():
@@ -65,7 +65,9 @@ def shrunk(path, config):
         network.update({'name': name, 'depth': 10} if wide else {'name': name, 'stage_sizes': [1, 1, 1]})
         config.batch_size = 4
     for teacher in teachers(config):
-        teacher.update(source='shipped:mnist_convnet')
+        teacher.update(source=HERE)
+    if str(config.model.get('source')).startswith('runs/'):  # what another run made
+        config.model.source = HERE
     return config
 
 
