@@ -1,4 +1,4 @@
-"""Convolutions over words that nothing taught beforehand: CNN-rand of Kim 2014 (arXiv:1408.5882, table 2).
+"""Convolutions over words that nothing taught beforehand: CNN-rand of Kim 2014 (arXiv:1408.5882).
 
     python launch.py --config=configs/kim.py:MR --workdir=runs/kim/MR
     python -m experiments.run kim --workdir=runs/kim        # the table: each seed is a fold
