@@ -9,11 +9,13 @@ figures are medians, and the ratios to the full step of the same implementation 
 
     step        share of the full step's seconds; targets: lora and bias ≤ 0.70, head ≤ 0.36
     kept        MB of activations held for the backward pass, without parameters
-    peak        MB of everything at once, as XLA plans it: parameters, optimizer, gradients, activations (ours only)
+    peak        MB of everything at once, as XLA plans it or torch's allocator has it: parameters, optimizer, gradients,
+                activations
     optimizer   MB of Adam's moments
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -54,11 +56,11 @@ CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
 class Step(NamedTuple):
-    """A function that makes one step and waits for it, and bytes: activations kept, all at once (None if unknown), moments."""
+    """A function that makes one step and waits for it, and bytes: activations kept, all at once, moments."""
 
     run: Callable[[], None]
     kept: int
-    peak: int | None
+    peak: int
     optimizer: int
 
 
@@ -111,7 +113,7 @@ def measure(name: str, kinds: list[str], repeats: int, clock: Callable[[], float
     return rows
 
 
-def _bytes(step: Step) -> dict[str, int | None]:
+def _bytes(step: Step) -> dict[str, int]:
     return {'kept': step.kept, 'peak': step.peak, 'optimizer': step.optimizer}
 
 
@@ -119,10 +121,9 @@ def _line(row: dict) -> str:
     share, target = row['share_of_full'], TARGETS.get(row['what']) if row['who'] == 'ours' else None
     of_full = '' if share is None else f'  {share:.2f} of full'
     met = '' if target is None or share is None else f' (target ≤ {target:.2f}{"" if share <= target else ", MISSED"})'
-    peak = '' if row['peak'] is None else f'  peak {row["peak"] / 1e6:.1f} MB'
     return (
         f'{row["case"]:9} {row["who"]:5} {row["what"]:5} {1e3 * row["median"]:8.1f} ms{of_full}{met}'
-        f'  kept {row["kept"] / 1e6:.1f} MB{peak}  optimizer {row["optimizer"] / 1e6:.2f} MB'
+        f'  kept {row["kept"] / 1e6:.1f} MB  peak {row["peak"] / 1e6:.1f} MB  optimizer {row["optimizer"] / 1e6:.2f} MB'
     )
 
 
@@ -200,8 +201,20 @@ def torch_step(case: Case, kind: str, inputs: np.ndarray, label: np.ndarray) -> 
         optimizer.step()
 
     run()
-    state = [v for s in optimizer.state.values() for v in s.values() if v.ndim]
-    return Step(run, _saved(forward, network), None, sum(v.nbytes for v in state))
+    moments = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.ndim)
+    before = moments + sum(t.nbytes for t in (*network.parameters(), *network.buffers(), *(p.grad for p in learning)))
+    return Step(run, _saved(forward, network), before + _most(run), moments)
+
+
+def _most(run: Callable[[], None]) -> int:
+    """The most bytes that torch's allocator has at once during a step, beyond those it had before."""
+    import torch
+
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
 
 
 def _saved(forward: Callable, network: Any) -> int:
