@@ -1,5 +1,8 @@
 """Each weight method against its paper's formula in float64, on every kind of layer; its gradients; what is refused."""
 
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +14,16 @@ from flax import linen as nn
 
 from tl_jax import trees
 from tl_jax.errors import UserError
-from tl_jax.models.layers import Conv
+from tl_jax.models import create_model, list_models
+from tl_jax.models.layers import Conv, SqueezeExcite
 from tl_jax.models.transformer import Dense
 from tl_jax.objectives.base import Model
 from tl_jax.peft import adapted, adapters_from, merged
+from tl_jax.peft.base import modules_of
+from tl_jax.peft.targets import QUERY_VALUE, TARGETS
+
+sys.path.append(str(Path(__file__).parent.parent / 'models'))
+from test_layer_order import fewer, inputs_for
 
 DRAW = np.random.default_rng(0)  # of inputs; a test draws from its own, and so the same whichever others run
 IMAGE = DRAW.normal(size=(2, 7, 6, 4)).astype(np.float32)
@@ -295,3 +304,26 @@ def test_refused(section, layer, message):
     model, _, inputs = lone(layer)
     with pytest.raises(UserError, match=message):
         adapted(model, adapters_from(section, 'Lone')).init(jax.random.key(0), inputs)
+
+
+def convolutional():
+    """One model of each family with targets of its own, and of those that differ within one."""
+    families = {type(create_model(name).backbone).__name__: name for name in list_models() if name != 'mlp'}
+    own = [name for family, name in families.items() if TARGETS.get(family, QUERY_VALUE) != QUERY_VALUE]
+    return [*own, 'resnet50d', 'seresnet18', 'resnext50_32x4d']
+
+
+@pytest.mark.parametrize('name', convolutional())
+def test_default_targets_leave_the_first_convolution_depthwise_ones_and_gates(name):
+    backbone = create_model(name).backbone
+    family = type(backbone).__name__
+    module = create_model(name, num_classes=3, **fewer(backbone))
+    inputs = inputs_for(name, module.backbone)
+    variables = jax.eval_shape(module.init, jax.random.key(0), inputs)
+    modules = modules_of(Model(None, module.apply), variables, inputs)
+    targets = [site for site in modules if re.fullmatch(TARGETS[family], site.path)]
+    first = next(site for site in modules if 'kernel' in site.weights)
+    assert targets and (first.kind != 'conv' or first not in targets)
+    gates = tuple(f'{site.path}/' for site in modules if isinstance(site.module, SqueezeExcite))
+    assert not any(site.path.startswith(gates) for site in targets)
+    assert not any(site.kind == 'conv' and site.weights['kernel'].shape[-2] == 1 for site in targets)

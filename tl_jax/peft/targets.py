@@ -1,14 +1,16 @@
 """The modules that an adapter changes unless it is told: by family, as the papers do where they say.
 
 Attention's queries and values in transformers (Hu et al. 2021, arXiv:2106.09685, sec. 4.2); in convolutional networks the
-convolutions within the blocks, but neither the first one, whose channels are colours, nor depthwise ones and gates, whose
-matrices are of low rank as they are; dense layers elsewhere.
+convolutions, but neither the one that reads the image, whose channels are colours, nor shortcuts, nor depthwise ones and
+squeeze-excite gates, whose matrices are of low rank as they are; dense layers elsewhere.
 """
 
 from tl_jax.errors import UserError
 
 QUERY_VALUE = r'backbone/(.*/)?(attention|cross)/(query|value)'
-CONVOLUTIONS = r'backbone/(.*/)?(conv\d?|expand\d?|project|pointwise|squeeze)(?<!stem/conv)'
+CONVOLUTIONS = (
+    r'backbone/(?!stem/conv1?$|conv2d_1a_3x3/)(.*/)?(conv\d?|expand\d?|project|pointwise|squeeze)(?<!/se/expand)'
+)
 
 # Class of the backbone -> regex of module paths.
 TARGETS = {
@@ -41,13 +43,13 @@ TARGETS = {
             'ResNet',
             'ResNet8',
             'SqueezeNet',
-            'VGG',
         ),
         CONVOLUTIONS,
     ),
     'ConvNeXt': r'backbone/stage\d+/block\d+/dense\d',
-    **dict.fromkeys(('ConvNet', 'DoodleNet'), r'backbone/(conv|dense)\d*'),
+    **dict.fromkeys(('ConvNet', 'DoodleNet'), r'backbone/(?!conv1$)(conv|dense)\d*'),
     'TextBag': r'backbone/dense\d+',
+    'VGG': r'backbone/(?!stage1/conv1$)stage\d/conv\d',
 }
 
 
