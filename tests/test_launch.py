@@ -134,6 +134,14 @@ def test_sweep_compares_and_resumes(config_file, tmp_path):
     assert again.returncode == 0 and 'step' not in again.stdout.partition('|')[0]
 
 
+def test_sweep_refuses_a_bad_variant_before_it_trains_another(config_file, tmp_path):
+    bad = tmp_path / 'bad.py'
+    bad.write_text(f'{config_file.read_text()}\n        yield arg, dict(sed=1)\n')
+    with pytest.raises(UserError, match=r"sweep\(\): probe: config.sed: unknown field; did you mean 'seed'"):
+        main([f'--config={bad}', f'--workdir={tmp_path}/sweep', '--mode=sweep'])
+    assert not (tmp_path / 'sweep').exists()
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,21 +111,21 @@ def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
         raise UserError(f'--config: {flags["config"]} defines no sweep(), which yields (variant, overrides)')
     if 'workers' in flags:
         raise UserError('--workers: is for a search over space(); the variants of a sweep() run one after the other')
-    variants = list(module.sweep(arg) if arg else module.sweep())
+    variants = [
+        (variant, _variant(module, arg, variant, overrides, assignments))
+        for variant, overrides in (module.sweep(arg) if arg else module.sweep())
+    ]
     started = time.perf_counter()
-    for number, (variant, overrides) in enumerate(variants):
-        config = config_lib.with_defaults(module.get_config(','.join(filter(None, (arg, variant)))))
-        for assignment in (*(f'{k}={v!r}' for k, v in overrides.items()), *assignments):
-            config_lib.override(config, assignment)
-        run = workdir / variant / f'seed{config.seed}'
-        if (run / 'summary.json').exists() and workdir_lib.holds_run(run, config_lib.resolve(config)):
+    for number, (variant, config) in enumerate(variants):
+        run = workdir / variant / f'seed{config["seed"]}'
+        if (run / 'summary.json').exists() and workdir_lib.holds_run(run, config):
             continue
         train.train_and_evaluate(config, run)
         metrics = workdir_lib.read_json(run / 'summary.json')['metrics']
         figures = '  '.join(
             f'{k} {v:.4f}' for k, v in metrics.items() if k.endswith('accuracy') and 'balanced' not in k
         )
-        say(f'[{number + 1}/{len(variants)}] {variant} seed {config.seed}: {figures}')
+        say(f'[{number + 1}/{len(variants)}] {variant} seed {config["seed"]}: {figures}')
     page = report.write_sweep_report(workdir)
     say((workdir / 'table.md').read_text())
     say(f'{len(variants)} runs in {time.perf_counter() - started:.0f} s; report: {page}')
@@ -202,6 +203,19 @@ JOBS: Mapping[str, Callable[[Flags, Sequence[str]], None]] = {
     'lr_range': run_lr_range,
     'merge': run_merge,
 }
+
+
+def _variant(
+    module: types.ModuleType, arg: str, variant: str, overrides: Mapping[str, Any], assignments: Sequence[str]
+) -> dict[str, Any]:
+    """The resolved config of one variant of a sweep."""
+    try:
+        config = config_lib.with_defaults(module.get_config(','.join(filter(None, (arg, variant)))))
+        for assignment in (*(f'{k}={v!r}' for k, v in overrides.items()), *assignments):
+            config_lib.override(config, assignment)
+        return config_lib.resolve(config)
+    except UserError as error:
+        raise UserError(f'sweep(): {variant}: {str(error).removeprefix("--")}') from None
 
 
 def _refuse_assignments(assignments: Sequence[str], mode: str) -> None:

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tl_jax import config as config_lib
 from tl_jax.errors import UserError
-from tl_jax.experiment import build
+from tl_jax.experiment import Experiment, build
 from tl_jax.progress import say
 from tl_jax.selection import Selection, selection_from
 from tl_jax.workdir import METRICS, read_json, read_records, write_json
@@ -102,22 +102,20 @@ def search(
 
 
 def checked(config: Mapping[str, Any], space: Mapping[str, Any]) -> Selection:
-    """How a search over a config decides, once everything that a trial could trip over has been tried by shape.
+    """How a search over a config decides, once every choice of a list and both ends of a range have been tried by shape.
+
+    Each is tried with the first values of the other fields.
 
     Raises:
-      UserError: a field is not the config's, or nothing but the test split could decide.
+      UserError: a field is not the config's, a value does not suit it, or nothing but the test split could decide.
     """
-    config = copy.deepcopy(config)
-    for field, spec in space.items():
-        distribution(spec, field)
-        first = spec['low'] if isinstance(spec, Mapping) else spec[0]
-        try:
-            config_lib.override(config, f'{field}={first!r}')
-        except UserError as error:
-            raise UserError(f'space(): {str(error).removeprefix("--")}') from None
-    experiment = build(config_lib.resolve(config))
-    for number in range(len(experiment.stages)):
-        experiment.partition(number, experiment.shapes(number)['params'])
+    values = {field: _tried(distribution(spec, field)) for field, spec in space.items()}
+    first = {field: tried[0] for field, tried in values.items()}
+    others = [{**first, field: value} for field, tried in values.items() for value in tried[1:]]
+    resolved, *rest = [_resolved(config, chosen) for chosen in (first, *others)]
+    experiment = _shaped(resolved)
+    for other in rest:
+        _shaped(other)
     data, own = experiment.data, any(stage.objective.figures for stage in experiment.stages)
     options = {'metrics': None} if own else {}
     selection = selection_from(experiment.config['select_by'], list(data.eval), list(data.test), **options)
@@ -299,6 +297,32 @@ def write_results(
 def last_value(trial: FrozenTrial) -> float | None:
     """The best evaluation of a trial that did not finish; reports are of the best so far."""
     return trial.intermediate_values[trial.last_step] if trial.intermediate_values else None
+
+
+def _tried(spec: BaseDistribution) -> list[Any]:
+    """The values of a field to try before the search."""
+    if isinstance(spec, CategoricalDistribution):
+        return [json.loads(choice) for choice in spec.choices]
+    return list(dict.fromkeys((spec.low, spec.high)))
+
+
+def _resolved(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved config with fields of the space set."""
+    config = copy.deepcopy(config)
+    try:
+        for field, value in chosen.items():
+            config_lib.override(config, f'{field}={value!r}')
+        return config_lib.resolve(config)
+    except UserError as error:
+        raise UserError(f'space(): {str(error).removeprefix("--")}') from None
+
+
+def _shaped(config: Mapping[str, Any]) -> Experiment:
+    """The experiment of a resolved config, every rule of which has been tried."""
+    experiment = build(config)
+    for number in range(len(experiment.stages)):
+        experiment.partition(number, experiment.shapes(number)['params'])
+    return experiment
 
 
 def _short(value: Any) -> str:
