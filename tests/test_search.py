@@ -131,6 +131,10 @@ def test_failures_are_counted_and_named(command, tmp_path):
         ({'gradient': [{'name': 'plain'}, 1]}, {}, r'space\(\): config.gradient: must be Mapping, not int'),
         ({'ema': {'low': 0.5, 'high': 1.5}}, {}, 'config.ema: must lie in 0 … 1, not 1.5'),
         ({'seed': {'low': 1}}, {}, r'space\(\): seed: must be dict\(low=…, high=…, log=True\) or a list'),
+        ({'ema': {'low': '1e-4', 'high': 0.1}}, {}, r"space\(\): ema.low: must be float, not str \('1e-4'\)"),
+        ({'ema': {'low': None, 'high': 0.1}}, {}, r'space\(\): ema.low: must be float, not NoneType'),
+        ({'ema': {'low': 0.0, 'high': float('inf')}}, {}, 'high inf must be finite'),
+        ({'seed': [1, {2}]}, {}, r'space\(\): seed: a choice must be plain data, .*: Object of type set is not'),
         ({'seed': {'low': 3, 'high': 1}}, {}, 'low 3 and high 1 must rise'),
         ({'ema': {'low': 0.0, 'high': 1.0, 'log': True}}, {}, 'be above 0 with log'),
         (

@@ -13,6 +13,7 @@ the same step is stopped.
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -151,11 +152,20 @@ def open_study(
 def distribution(spec: Any, field: str) -> BaseDistribution:
     """What a field of `space()` says."""
     if isinstance(spec, list | tuple) and spec:
-        return CategoricalDistribution([json.dumps(choice) for choice in spec])
+        try:
+            return CategoricalDistribution([json.dumps(choice) for choice in spec])
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f'space(): {field}: a choice must be plain data, such as a number or a dict: {error}'
+            ) from None
     known = {'low', 'high', 'log'}
     if not isinstance(spec, Mapping) or not {'low', 'high'} <= spec.keys() <= known:
         raise UserError(f'space(): {field}: must be dict(low=…, high=…, log=True) or a list of choices, not {spec!r}')
     low, high, log = spec['low'], spec['high'], bool(spec.get('log', False))
+    for end in ('low', 'high'):
+        config_lib.check_type(spec[end], float, f'space(): {field}.{end}')
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f'space(): {field}: low {low} and high {high} must be finite')
     if not low <= high or (log and low <= 0):
         raise UserError(f'space(): {field}: low {low} and high {high} must rise, and be above 0 with log')
     whole = isinstance(low, int) and isinstance(high, int)
