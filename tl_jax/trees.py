@@ -53,7 +53,7 @@ def match(rules: Rules, paths: Iterable[str], *, field: str, default: Any = REQU
       UserError: a regex is malformed, a rule wins no leaf, or a leaf has no rule.
     """
     paths = list(paths)
-    patterns = [_compile(regex, f'{field}[{i}]') for i, (regex, _) in enumerate(rules)]
+    patterns = [compiled(regex, f'{field}[{i}]') for i, (regex, _) in enumerate(rules)]
     winners = {path: next((i for i, p in enumerate(patterns) if p.fullmatch(path)), None) for path in paths}
     for i, pattern in enumerate(patterns):
         if i not in winners.values():
@@ -89,7 +89,8 @@ def merge(*parts: Tree) -> dict[str, Any]:
     return merged
 
 
-def _compile(regex: str, field: str) -> re.Pattern:
+def compiled(regex: str, field: str) -> re.Pattern:
+    """The pattern; `field` is what the regex is called in the config, for the error message."""
     try:
         return re.compile(regex)
     except re.error as error:

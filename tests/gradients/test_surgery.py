@@ -181,3 +181,5 @@ def test_bad_input_is_one_line():
         pcgrad().transform(plain_loss)(params, {}, {}, jax.random.key(0))
     with pytest.raises(UserError, match="shared: 'body' matches no trained parameter, such as 'backbone/w'"):
         direction(mgda(shared='body'), lambda p: [p['backbone']['w'].sum()] * 2, params)
+    with pytest.raises(UserError, match=r"shared: '\(body' is not a regular expression"):
+        direction(mgda(shared='(body'), lambda p: [p['backbone']['w'].sum()] * 2, params)

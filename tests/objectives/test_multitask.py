@@ -188,9 +188,10 @@ def test_a_label_or_layer_that_is_not_there_is_named():
             {'train': {k: v for k, v in batch_of()['train'].items() if k != 'label_right'}},
             jax.random.key(0),
         )
-    objective, variables = made('gradnorm', shared_layer='backbone/fc/.*')
-    with pytest.raises(UserError, match=r"shared_layer: 'backbone/fc/\.\*' matches no parameter"):
-        objective.loss(variables, batch_of(), jax.random.key(0))
+    for layer, message in (('backbone/fc/.*', r"'backbone/fc/\.\*' matches no"), ('(fc', r"'\(fc' is not a regular")):
+        objective, variables = made('gradnorm', shared_layer=layer)
+        with pytest.raises(UserError, match=f'shared_layer: {message}'):
+            objective.loss(variables, batch_of(), jax.random.key(0))
 
 
 def test_a_run_reports_every_task(digits_config, tmp_path):

@@ -420,6 +420,7 @@ def test_refuses_prompt_and_text_beyond_the_positions(name, family):
         ('vpt', dict(tokens=0), 'peft.tokens'),
         ('vpt', dict(dropout=1.0), 'peft.dropout'),
         ('houlsby', dict(width=0), 'peft.width'),
+        ('ia3', dict(hidden='('), r"peft.hidden: '\(' is not a regular expression"),
         ('parallel', dict(activation='gelo'), "peft.activation: there is no 'gelo'"),
     ],
 )

@@ -285,6 +285,7 @@ DROPPING = (*DIVIDING, 'adalora', 'loha', 'lokr', 'oft')
     ('section', 'layer', 'message'),
     [
         (dict(name='lora', targets='head'), 'dense', 'names no module'),
+        (dict(name='lora', targets='(layer'), 'dense', r"peft.default: '\(layer' is not a regular expression"),
         (dict(name='lora', rank=9, targets='layer'), 'dense', r"rank: 9 is not within 1 … 8.*'layer', 12 × 8"),
         (dict(name='lora', rank=2.5, targets='layer'), 'dense', 'rank: must be int'),
         *((dict(name=name, rank=0), 'dense', 'rank: must be at least 1, not 0') for name in DIVIDING),

@@ -5,7 +5,6 @@ tasks share. One forward pass and T pullbacks give the gradients; of these both 
 each is a function of the T × T Gram matrix.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -134,7 +133,7 @@ def _task_gradients(loss, params, collections, batch, key) -> tuple[list[Any], F
 
 
 def _chosen(rule: str, params: trees.Tree) -> Callable[[str], bool]:
-    pattern = re.compile(rule)
+    pattern = trees.compiled(rule, 'config.gradient.shared')
     if not any(map(pattern.fullmatch, trees.flatten(params))):
         paths = list(trees.flatten(params))
         raise UserError(f"config.gradient.shared: '{rule}' matches no trained parameter, such as '{paths[0]}'")

@@ -1,6 +1,5 @@
 """Several tasks on one body, and how their losses are weighed."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -246,7 +245,8 @@ def _gradient_norms(losses_of, variables, rule: str) -> Float[Array, 'tasks']:
     The forward pass is written twice and, being the same, compiled once.
     """
     variables = jax.lax.stop_gradient(variables)
-    layer, rest = trees.split(variables['params'], lambda path: bool(re.fullmatch(rule, path)))
+    pattern = trees.compiled(rule, 'config.objective.shared_layer')
+    layer, rest = trees.split(variables['params'], lambda path: bool(pattern.fullmatch(path)))
     if not layer:
         paths = [path for path in trees.flatten(rest) if path.startswith('backbone/')]
         raise UserError(

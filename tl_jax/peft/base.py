@@ -6,7 +6,6 @@ and what of them never learns (random projections, indices) the collection `adap
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,9 +152,10 @@ def sites_of(modules: Sequence[Site], adapter: Adapter, targets: str, field: str
       field: of the rule in the config, for error messages.
 
     Raises:
-      UserError: the rule matches no module, or one of a kind that the adapter cannot change.
+      UserError: the rule is malformed, matches no module, or one of a kind that the adapter cannot change.
     """
-    found = [module for module in modules if re.fullmatch(targets, module.path)]
+    pattern = trees.compiled(targets, field)
+    found = [module for module in modules if pattern.fullmatch(module.path)]
     found = [module for module in found if module.kind in adapter.kinds or not adapter.by_kind]
     if not found:
         fit = f'it suits {adapter.suits}; ' if adapter.suits else ''

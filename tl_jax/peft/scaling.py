@@ -1,6 +1,5 @@
 """Adapters that scale activations: (IA)³ and SSF. Both vanish into the weights when merged."""
 
-import re
 from typing import Literal
 
 import jax
@@ -9,6 +8,7 @@ from jaxtyping import Array
 
 from tl_jax.errors import UserError
 from tl_jax.peft.base import Adapter, Call, Parts, Site, contracted
+from tl_jax.trees import compiled
 
 HIDDEN = r'.*/(mlp/dense2|mlp2)'
 IA3 = rf'backbone/(.*/)?(attention|cross)/(key|value)|backbone{HIDDEN}'
@@ -24,8 +24,10 @@ def ia3(*, hidden: str = HIDDEN, targets: str | None = None) -> Adapter:
       targets: regex of module paths; keys, values and the last layer of each MLP unless given.
     """
 
+    pattern = compiled(hidden, 'config.model.peft.hidden')
+
     def is_hidden(site: Site) -> bool:
-        return re.fullmatch(hidden, site.path) is not None
+        return pattern.fullmatch(site.path) is not None
 
     def init(key, site: Site, weights) -> Parts:
         del key, weights
