@@ -188,6 +188,7 @@ def test_spans_of_a_schedule_are_its_parts():
         ({'name': 'adapters', 'optimizer': ADAMW}, 'there are no adapters; add model.peft'),
         ({'name': 'all', 'optimizer': ADAMW, 'role': 'backbon'}, "there is no 'backbon'; did you mean 'backbone'"),
         ({'name': 'surgical', 'optimizer': ADAMW, 'layers': [], 'head': False}, 'finds nothing to train'),
+        ({'name': 'unconverged', 'optimizer': ADAMW, 'percentile': 150.0}, 'percentile: must lie in 0 … 100, not 150'),
         (
             [('.*', ADAMW), {'name': 'layerwise_decay', 'optimizer': ADAMW, 'decay': 0.0}],
             r'train\[1\].decay: must be above',
@@ -209,6 +210,9 @@ def test_a_config_may_name_a_partition(digits_config):
         assert experiment.partition(number, params).trainable
     with pytest.raises(UserError, match=r'stages\[0\].train\[0\]: must be a pair'):
         build(config_lib.resolve(digits_config(stages=[{'steps': 2, 'train': ['.*']}])))
+    stages.append({'steps': 2, 'train': {'name': 'unconverged', 'optimizer': ADAMW, 'percentile': -1.0}})
+    with pytest.raises(UserError, match=rf'stages\[{len(stages) - 1}\].train.percentile: must lie in 0 … 100, not -1'):
+        build(config_lib.resolve(digits_config(stages=stages)))
 
 
 SMALL = {

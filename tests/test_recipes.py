@@ -92,6 +92,10 @@ def test_a_recipe_hands_on_name_objective_and_gradient():
             {'recipe': 'auto_freeze', 'optimizer': ADAM, 'epochs': 3, 'interval': 2},
             'interval: unknown field; did you mean',
         ),
+        (
+            {'recipe': 'auto_freeze', 'optimizer': ADAM, 'epochs': 3, 'percentile': 150.0},
+            r'stages\[0\].percentile: must lie in 0 … 100, not 150',
+        ),
         ({'recipe': 'bit_hyperrule', 'steps': 3}, 'steps: unknown field'),
     ],
 )

@@ -192,8 +192,9 @@ def _with_rules(experiment: Experiment, number: int, order: Sequence[str]) -> St
         return stage
     leaves = trees.flatten(learnable(experiment.shapes(number)['params'], stage.objective))
     write = functools.partial(partitions.expanded, stage.rules, order, leaves, field=f'config.stages[{number}].train')
+    rules = write()  # also where the log decides, so that what is wrong is said now
     if not partitions.follows_history(stage.rules):
-        return stage._replace(rules=write())
+        return stage._replace(rules=rules)
     return stage._replace(rules=lambda records: write(history=partitions.history_of(records)))
 
 

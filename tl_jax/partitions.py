@@ -259,6 +259,7 @@ def unconverged(network: Network, /, *, optimizer: Mapping[str, Any], percentile
       optimizer: of all of them.
       percentile: of η; 0 never freezes.
     """
+    check_percentile(percentile, f'{network.field}.percentile')
     names = [network.below(layer) for layer in network.layers]
     sizes = [[sum(v for rule, v in stage.items() if name in rule) for name in names] for stage in network.history]
     first = 0
@@ -266,6 +267,12 @@ def unconverged(network: Network, /, *, optimizer: Mapping[str, Any], percentile
         first = first_unconverged(before, now, first, percentile)
     measured = {**optimizer, 'measured': True}
     return [(name, measured) for name in reversed(names[first:])]
+
+
+def check_percentile(percentile: float, field: str) -> None:
+    """Refuses one outside 0 … 100."""
+    if not 0 <= percentile <= 100:
+        raise UserError(f'{field}: must lie in 0 … 100, not {percentile}')
 
 
 def first_unconverged(before: Sequence[float], now: Sequence[float], first: int, percentile: float) -> int:

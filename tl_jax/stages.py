@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tl_jax.config import call, check_type
 from tl_jax.errors import UserError, nearest
 from tl_jax.optimizers import scaled
+from tl_jax.partitions import check_percentile
 
 UNITS = ('steps', 'epochs', 'examples')
 
@@ -162,6 +163,7 @@ def auto_freeze(
     """
     if intervals < 1:
         raise UserError(f'{length.field}.intervals: must be at least 1, not {intervals}')
+    check_percentile(percentile, f'{length.field}.percentile')
 
     def part(i):
         lr = optimizer.get('lr')
