@@ -1,6 +1,5 @@
 """Rule lists to optax: which leaves a stage trains, with what, and how the learning rate moves."""
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from tl_jax import trees
-from tl_jax.config import call
+from tl_jax.config import asked, call
 from tl_jax.errors import UserError, nearest
 from tl_jax.peft.adalora import budgeted
 
@@ -201,8 +200,7 @@ def create_optimizer(
     counted = schedule if updates == 1 else lambda count: schedule(count // updates)
     constructor, own_decay = OPTIMIZERS[name]
     extra = {own_decay: decay} if own_decay else {}
-    if 'steps' in inspect.signature(constructor).parameters:
-        extra['steps'] = steps * updates
+    extra |= asked(constructor, {'steps': steps * updates, 'field': where})
     optimizer = call(constructor, options, where, learning_rate=counted, **extra)
     if decay and not own_decay:
         optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)

@@ -66,6 +66,24 @@ def test_penalty_and_its_gradient():
     np.testing.assert_allclose(aux.metrics['orthogonal'], 0.3 * expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        (dict(rank=-3), 'rank: -3 a layer leaves -6 of the 8 ranks of 2 layers; must leave fewer, and at least one'),
+        (dict(rank=4), 'rank: 4 a layer leaves 8 of the 8 ranks'),
+        (dict(every=0), 'every: must be at least 1, not 0'),
+        (dict(smooth=5.0), 'smooth: must be at least 0 and less than 1, not 5.0'),
+        (dict(smooth_uncertainty=1.0), 'smooth_uncertainty: must be at least 0 and less than 1'),
+        (dict(begin=0.7), 'begin: must be a fraction below end, also one, not 0.7 and 0.6'),
+        (dict(begin=0.57), 'end: 0.6 of 9 updates is the same one as begin, 0.57; lengthen the stage'),
+    ],
+)
+def test_fields_out_of_range_are_named(fields, message):
+    spec, params = dict(name='adalora', lr=0.1, rank=1) | fields, jax.tree.map(jnp.asarray, adapters(0))
+    with pytest.raises(UserError, match=rf'^train\[0\]\[1\].{message}'):
+        create_partition([('.*', spec)], params, steps=9).optimizer.init(params)
+
+
 def test_refused():
     with pytest.raises(UserError, match='its rule matches none'):
         params = {'head': {'bias': jnp.zeros(3)}}

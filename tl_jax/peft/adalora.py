@@ -67,6 +67,7 @@ def budgeted(
     smooth_uncertainty: float = 0.85,
     weight_decay: float = 0.0,
     steps: int,
+    field: str,
 ) -> optax.GradientTransformation:
     """AdamW that sets the least important λ of all layers to zero (arXiv:2303.10512, algorithm 1).
 
@@ -77,24 +78,37 @@ def budgeted(
 
     Args:
       learning_rate: number or schedule.
-      rank: what is left on average for each layer.
+      rank: what is left on average for each layer, less than it begins with.
       begin, end: of the fall, as fractions of the stage.
       every: updates between two cuts.
-      smooth, smooth_uncertainty: β₁ and β₂.
+      smooth, smooth_uncertainty: β₁ and β₂, each at least 0 and less than 1.
       weight_decay: of AdamW.
       steps: updates in the stage.
+      field: of the optimizer in the config, for error messages.
     """
+    if every < 1:
+        raise UserError(f'{field}.every: must be at least 1, not {every}')
+    for name, share in (('smooth', smooth), ('smooth_uncertainty', smooth_uncertainty)):
+        if not 0 <= share < 1:
+            raise UserError(f'{field}.{name}: must be at least 0 and less than 1, not {share}')
+    if not 0 <= begin < end <= 1:
+        raise UserError(f'{field}.begin: must be a fraction below end, also one, not {begin} and {end}')
     adam = optax.adamw(learning_rate, weight_decay=weight_decay)
     first, last = int(begin * steps), int(end * steps)
-    if not 0 <= first < last <= steps:
-        raise UserError(
-            f'begin, end: of the optimizer adalora must be two fractions, the smaller one first, not {begin}, {end}'
-        )
+    if first == last:
+        raise UserError(f'{field}.end: {end} of {steps} updates is the same one as begin, {begin}; lengthen the stage')
 
     def init(params) -> Budgeted:
         leaves = triplets(params)
         if not leaves:
-            raise UserError("the optimizer 'adalora' is for the adapters of that name, and its rule matches none")
+            raise UserError(f"{field}.name: 'adalora' is for the adapters of that name, and its rule matches none")
+        ranks = [leaf.size for path, leaf in leaves.items() if path.endswith('/lora_e')]
+        left, total = round(rank * len(ranks)), sum(ranks)
+        if not 1 <= left < total:
+            raise UserError(
+                f'{field}.rank: {rank} a layer leaves {left} of the {total} ranks of {len(ranks)} layers; must leave fewer, '
+                'and at least one'
+            )
         zeros = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items()}
         return Budgeted(adam.init(params), jnp.zeros((), jnp.int32), zeros, dict(zeros))
 
@@ -109,7 +123,7 @@ def budgeted(
         count = state.count + 1
         cutting = (count > first) & ((count > last) | (count % every == 0))
         total = sum(score.size for score in scores.values())
-        kept = kept_ranks(count, total=total, target=min(round(rank * len(scores)), total), first=first, last=last)
+        kept = kept_ranks(count, total=total, target=round(rank * len(scores)), first=first, last=last)
         threshold = jnp.sort(jnp.concatenate(list(scores.values())))[total - kept]
         masked = {}
         for path, score in scores.items():
