@@ -191,9 +191,12 @@ def test_a_greedy_soup_is_no_worse_than_its_best(runs, tmp_path):
     [
         ('tie', {}, r"--method: there is no 'tie'; did you mean 'ties'"),
         ('ties(0.2)', {}, r'--method: .* is no method'),
+        ('ties(**{})', {'start': 'start'}, r'--method: .* is no method'),
+        ('ties(density={[]: 1})', {'start': 'start'}, r'--method: .* is no method'),
         ('ties(dense=0.2)', {'start': 'start'}, r'--method.dense: unknown field'),
         ('ties(density=0.0)', {'start': 'start'}, r'density of ties lies in'),
         ('dare(rate=1.0)', {'start': 'start'}, r'rate of dare lies in'),
+        ('dare(seed=-1)', {'start': 'start'}, r'seed of dare is at least 0, not -1'),
         ('ties', {}, r'--start: ties wants the run'),
         ('uniform_soup', {'start': 'start'}, r'--start: uniform_soup has no use'),
         ('greedy_soup(size=2)', {}, r'greedy_soup has no fields'),

@@ -157,9 +157,9 @@ def parsed(method: str) -> tuple[str, dict[str, Any]]:
         called = isinstance(tree, ast.Call)
         fields = {k.arg: ast.literal_eval(k.value) for k in tree.keywords} if called else {}
         name = (tree.func if called else tree).id
-        if called and tree.args:
+        if called and (tree.args or None in fields):
             raise ValueError
-    except (SyntaxError, ValueError, AttributeError):
+    except (SyntaxError, ValueError, TypeError, AttributeError):
         raise UserError(f"--method: {method!r} is no method; write one as in --method='ties(density=0.2)'") from None
     empty = next((field for field, value in fields.items() if value in ([], ())), None)
     if empty:

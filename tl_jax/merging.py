@@ -97,6 +97,8 @@ def dare(start: Tree, tuned: Sequence[Tree], *, rate: float = 0.9, scale: float 
     """
     if not 0 <= rate < 1:
         raise UserError(f'--method: the rate of dare lies in 0 … 1, below 1, not {rate}')
+    if seed < 0:
+        raise UserError(f'--method: the seed of dare is at least 0, not {seed}')
     draw = np.random.default_rng(seed)
 
     def merge(w0, *ws):
