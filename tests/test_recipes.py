@@ -70,6 +70,38 @@ def test_chain_thaw_trains_one_at_a_time_then_all(digits_config):
     assert found == [(4, rates) for rates in expected]
 
 
+LENGTHS = {
+    'lp_ft': {'probe': ADAM, 'share': 0.3},
+    'head_then_all': {'each': 1.5},
+    'gradual_unfreezing': {'each': 1.25},
+    'chain_thaw': {},
+    'auto_freeze': {'intervals': 4},
+}
+
+
+@pytest.mark.parametrize('recipe', LENGTHS)
+def test_a_recipe_keeps_its_length_whatever_its_parts(recipe):
+    for steps in range(5, 40):
+        stages = stages_of(recipe=recipe, steps=steps, optimizer=ADAM, **LENGTHS[recipe])
+        assert sum(stage['steps'] for stage in stages) == steps
+        assert all(isinstance(stage['steps'], int) and stage['steps'] >= 1 for stage in stages)
+
+
+def test_parts_that_do_not_divide_differ_by_a_step_and_share_a_schedule():
+    lengths = lambda **section: [stage['steps'] for stage in stages_of(optimizer=ADAM, **section)]
+    assert lengths(recipe='auto_freeze', steps=10, intervals=4) == [2, 3, 3, 2]
+    assert lengths(recipe='chain_thaw', steps=8) == [2, 1, 2, 1, 2]
+    assert lengths(recipe='lp_ft', steps=5, probe=ADAM) == [2, 3]
+    assert lengths(recipe='lp_ft', steps=2, probe=ADAM, share=0.9) == [1, 1]
+    cosine = {'name': 'cosine', 'peak': 1.0}
+    stages = stages_of(recipe='auto_freeze', steps=15, optimizer={'name': 'adam', 'lr': cosine})
+    lrs = [stage['train']['optimizer']['lr'] for stage in stages]
+    schedules = [create_schedule(lr, steps=stage['steps']) for lr, stage in zip(lrs, stages, strict=True)]
+    rates = [float(f(s)) for f, stage in zip(schedules, stages, strict=True) for s in range(stage['steps'])]
+    whole = create_schedule(cosine, steps=15)
+    np.testing.assert_allclose(rates, [float(whole(step)) for step in range(15)], rtol=1e-6)
+
+
 def test_a_recipe_hands_on_name_objective_and_gradient():
     own = {'objective': {'name': 'supervised', 'label_smoothing': 0.1}, 'gradient': {'name': 'plain'}}
     plain = {'steps': 1, 'train': [['.*', ADAM]]}
@@ -86,7 +118,11 @@ def test_a_recipe_hands_on_name_objective_and_gradient():
         ({'recipe': 'lpft'}, r"config.stages\[0\].recipe: there is no recipe 'lpft'; did you mean 'lp_ft'"),
         ({'recipe': 'lp_ft', 'steps': 4, 'optimizer': ADAM}, r'stages\[0\].probe: is required'),
         ({'recipe': 'chain_thaw', 'optimizer': ADAM}, 'give exactly one of steps, epochs, examples; has none'),
-        ({'recipe': 'chain_thaw', 'optimizer': ADAM, 'steps': 1}, "1 leaves the part 'layer 0' no time"),
+        ({'recipe': 'chain_thaw', 'optimizer': ADAM, 'steps': 4}, "steps: 4 are fewer than the recipe's 5 parts"),
+        (
+            {'recipe': 'auto_freeze', 'optimizer': ADAM, 'examples': 9},
+            "examples: 9 are fewer than the recipe's 10 parts",
+        ),
         ({'recipe': 'gradual_unfreezing', 'optimizer': ADAM, 'steps': 3}, "leaves the part 'all' no time"),
         (
             {'recipe': 'auto_freeze', 'optimizer': ADAM, 'epochs': 3, 'interval': 2},

@@ -7,6 +7,7 @@ theirs.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,15 +26,31 @@ class Length(NamedTuple):
     count: float
     field: str
 
-    def part(self, name: str, count: float, train: Any) -> dict[str, Any]:
-        """A stage that lasts `count` of the same unit."""
+    def parts(self, *parts: tuple[str, float, Any]) -> list[dict[str, Any]]:
+        """Stages from (name, length, train), the lengths in the same unit and together the whole.
+
+        Whole steps and examples are cut where a part ends, each part having one at least, so that their sum is kept.
+        """
+        for name, length, _ in parts:
+            if length <= 0:
+                raise UserError(
+                    f'{self.field}.{self.unit}: {self.count} leaves the part {name!r} no time; lengthen the recipe'
+                )
+        lengths = [length for _, length, _ in parts]
         if self.unit != 'epochs':
-            count = round(count)
-        if count <= 0:
-            raise UserError(
-                f'{self.field}.{self.unit}: {self.count} leaves the part {name!r} no time; lengthen the recipe'
-            )
-        return {'name': name, self.unit: count, 'train': train}
+            whole = round(self.count)
+            if whole < len(parts):
+                raise UserError(
+                    f"{self.field}.{self.unit}: {self.count} are fewer than the recipe's {len(parts)} parts; lengthen it"
+                )
+            ends = [0]
+            for number, end in enumerate(itertools.accumulate(lengths[:-1]), start=1):
+                ends.append(min(max(round(end), ends[-1] + 1), whole - (len(parts) - number)))
+            lengths = [end - start for start, end in itertools.pairwise([*ends, whole])]
+        return [
+            {'name': name, self.unit: length, 'train': train}
+            for (name, _, train), length in zip(parts, lengths, strict=True)
+        ]
 
 
 def expanded(sections: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -83,10 +100,10 @@ def lp_ft(
       optimizer: of everything, from there.
       share: of the length that is the probe's.
     """
-    return [
-        length.part('probe', length.count * share, {'name': 'head', 'optimizer': probe}),
-        length.part('tune', length.count * (1 - share), {'name': 'all', 'optimizer': optimizer}),
-    ]
+    return length.parts(
+        ('probe', length.count * share, {'name': 'head', 'optimizer': probe}),
+        ('tune', length.count * (1 - share), {'name': 'all', 'optimizer': optimizer}),
+    )
 
 
 def head_then_all(
@@ -100,10 +117,10 @@ def head_then_all(
       each: how long the head learns alone.
       scale: of the learning rate once everything learns.
     """
-    return [
-        length.part('head', each, {'name': 'head', 'optimizer': optimizer}),
-        length.part('all', length.count - each, {'name': 'all', 'optimizer': scaled(optimizer, scale)}),
-    ]
+    return length.parts(
+        ('head', each, {'name': 'head', 'optimizer': optimizer}),
+        ('all', length.count - each, {'name': 'all', 'optimizer': scaled(optimizer, scale)}),
+    )
 
 
 def gradual_unfreezing(
@@ -119,8 +136,8 @@ def gradual_unfreezing(
       layers: of the backbone.
     """
     train = lambda k: {'name': 'discriminative', 'optimizer': optimizer, 'factor': factor, 'k': k}
-    parts = [length.part(f'last {k}' if k else 'head', each, train(k)) for k in range(layers)]
-    return [*parts, length.part('all', length.count - each * layers, train(layers))]
+    parts = [(f'last {k}' if k else 'head', each, train(k)) for k in range(layers)]
+    return length.parts(*parts, ('all', length.count - each * layers, train(layers)))
 
 
 def chain_thaw(
@@ -129,21 +146,21 @@ def chain_thaw(
     """The head, then each layer by itself from the input on, then everything (Felbo et al. 2017, arXiv:1708.00524, sec. 3.3).
 
     Args:
-      length: of all parts, which are equally long.
+      length: of all parts, which are equally long, to a step.
       optimizer: of the head.
       scale: of the learning rate after the head; theirs falls from 1e-3 to 1e-4.
       layers: of the backbone.
     """
     each, slower = length.count / (layers + 2), scaled(optimizer, scale)
     alone = [
-        length.part(f'layer {i}', each, {'name': 'surgical', 'optimizer': slower, 'layers': [i], 'head': False})
+        (f'layer {i}', each, {'name': 'surgical', 'optimizer': slower, 'layers': [i], 'head': False})
         for i in range(layers)
     ]
-    return [
-        length.part('head', each, {'name': 'head', 'optimizer': optimizer}),
+    return length.parts(
+        ('head', each, {'name': 'head', 'optimizer': optimizer}),
         *alone,
-        length.part('all', each, {'name': 'all', 'optimizer': slower}),
-    ]
+        ('all', each, {'name': 'all', 'optimizer': slower}),
+    )
 
 
 def auto_freeze(
@@ -164,15 +181,17 @@ def auto_freeze(
     if intervals < 1:
         raise UserError(f'{length.field}.intervals: must be at least 1, not {intervals}')
     check_percentile(percentile, f'{length.field}.percentile')
-
-    def part(i):
-        lr = optimizer.get('lr')
-        if isinstance(lr, Mapping):
-            lr = {**lr, 'span': [i / intervals, (i + 1) / intervals]}
-        train = {'name': 'unconverged', 'optimizer': {**optimizer, 'lr': lr}, 'percentile': percentile}
-        return length.part(f'{i + 1} of {intervals}', length.count / intervals, train)
-
-    return [part(i) for i in range(intervals)]
+    train = {'name': 'unconverged', 'optimizer': optimizer, 'percentile': percentile}
+    parts = length.parts(*((f'{i + 1} of {intervals}', length.count / intervals, train) for i in range(intervals)))
+    lr = optimizer.get('lr')
+    if not isinstance(lr, Mapping):
+        return parts
+    ends = list(itertools.accumulate((part[length.unit] for part in parts), initial=0))
+    spans = [[start / ends[-1], end / ends[-1]] for start, end in itertools.pairwise(ends)]
+    return [
+        {**part, 'train': {**train, 'optimizer': {**optimizer, 'lr': {**lr, 'span': span}}}}
+        for part, span in zip(parts, spans, strict=True)
+    ]
 
 
 class BitRule(NamedTuple):
