@@ -18,7 +18,7 @@ from tl_jax.models import create_model, list_models
 from tl_jax.models.layers import Conv, SqueezeExcite
 from tl_jax.models.transformer import Dense
 from tl_jax.objectives.base import Model
-from tl_jax.peft import adapted, adapters_from, merged
+from tl_jax.peft import adapted, adapters_from, merged, unmerged
 from tl_jax.peft.base import modules_of
 from tl_jax.peft.targets import QUERY_VALUE, TARGETS
 
@@ -238,6 +238,15 @@ def test_no_gradient_of_the_kernels_size(method):
     assert {(20, 36), (36, 20)} & _sizes_in(both.jaxpr), 'what a gradient of the kernel itself would show'
 
 
+def moved(model: Model, adapters: dict[str, Any], inputs: np.ndarray) -> dict[str, Any]:
+    variables = adapted(model, adapters).init(jax.random.key(0), inputs)
+    draw = np.random.default_rng(4)
+    mine = trees.flatten(variables['params']['adapters'])
+    mine = {path: jnp.asarray(leaf + 0.3 * draw.normal(size=leaf.shape), jnp.float32) for path, leaf in mine.items()}
+    variables['params']['adapters'] = trees.unflatten(mine)
+    return variables
+
+
 def test_several_at_once_and_switching():
     model, _, inputs = lone('dense')
     section = {
@@ -246,11 +255,7 @@ def test_several_at_once_and_switching():
         'three': dict(name='lokr', rank=2, targets='layer'),
     }
     adapters = adapters_from(section, '')
-    variables = adapted(model, adapters).init(jax.random.key(0), inputs)
-    draw = np.random.default_rng(4)
-    mine = trees.flatten(variables['params']['adapters'])
-    mine = {path: jnp.asarray(leaf + 0.3 * draw.normal(size=leaf.shape), jnp.float32) for path, leaf in mine.items()}
-    variables['params']['adapters'] = trees.unflatten(mine)
+    variables = moved(model, adapters, inputs)
     for active in (['one'], ['three'], ['one', 'two'], ['one', 'two', 'three']):
         some = {name: adapters[name] for name in active}
         ours = adapted(model, adapters, active=active).apply(variables, inputs)['logits']
@@ -259,6 +264,25 @@ def test_several_at_once_and_switching():
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
     with pytest.raises(UserError, match="no adapter 'four'"):
         adapted(model, adapters, active=['four'])
+
+
+FOURIER = dict(name='fourierft', frequencies=9, alpha=20.0, targets='layer')
+
+
+@pytest.mark.parametrize('other', [dict(name='oft'), dict(name='dora', rank=2), dict(name='ia3')], ids=str)
+@pytest.mark.parametrize('place', [0, 1])
+def test_merged_weights_are_within_every_other_adapter(other, place):
+    model, _, inputs = lone('dense')
+    sections = [{**other, 'targets': 'layer'}]
+    sections.insert(place, FOURIER)
+    adapters = adapters_from(dict(zip('ab', sections, strict=True)), '')
+    variables = moved(model, adapters, inputs)
+    ours = adapted(model, adapters).apply(variables, inputs)['logits']
+    whole = merged(model, adapters, variables, inputs)
+    np.testing.assert_allclose(model.apply(whole, inputs)['logits'], ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+    if other['name'] != 'dora':  # of which nothing is taken out again
+        again = unmerged(model, adapters, whole, variables, inputs)['params']['layer']['kernel']
+        np.testing.assert_allclose(again, variables['params']['layer']['kernel'], rtol=0, atol=1e-5)
 
 
 def test_examples_one_by_one():

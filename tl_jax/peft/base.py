@@ -177,7 +177,8 @@ def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active
 
     Args:
       model: the network.
-      adapters: `{name: (adapter, regex of module paths)}`; where several meet, the later one is the outer one.
+      adapters: `{name: (adapter, regex of module paths)}`; where several meet, the later one is the outer one, and those
+        that run on merged weights are within all others.
       active: names of those that act; all unless given.
     """
     active = list(adapters) if active is None else list(active)
@@ -261,7 +262,7 @@ def merged(model: Model, adapters: Mapping[str, tuple[Adapter, str]], variables:
             'restoring it first'
         )
     modules = modules_of(model, network, inputs)
-    for name, (adapter, targets) in adapters.items():
+    for name, (adapter, targets) in _innermost_first(adapters).items():
         field = f'config.model.peft.{name}'
         if adapter.merge is None or adapter.around is not None:
             raise UserError(f'{field}: acts on activations, which no weights can hold; it cannot be merged')
@@ -288,7 +289,7 @@ def unmerged(
       UserError: an adapter cannot be taken out again.
     """
     modules = modules_of(model, network, inputs)
-    for name, (adapter, targets) in reversed(adapters.items()):
+    for name, (adapter, targets) in reversed(_innermost_first(adapters).items()):
         field = f'config.model.peft.{name}'
         if adapter.unmerge is None:
             raise UserError(f'{field}: cannot be taken out of merged weights again; keep the weights from before')
@@ -315,6 +316,10 @@ def parts_of(variables: Any, adapter: str, path: str) -> Parts:
 def own_leaves(params: Any, path: str) -> dict[str, Any]:
     """The leaves that stand in the module itself; {} where it has none."""
     return {name: leaf for name, leaf in _descend(params, path.split('/')).items() if not isinstance(leaf, Mapping)}
+
+
+def _innermost_first(adapters: Mapping[str, tuple[Adapter, str]]) -> dict[str, tuple[Adapter, str]]:
+    return dict(sorted(adapters.items(), key=lambda item: item[1][0].call is not None))
 
 
 def _merged(params: Any, merge: Callable, sites: Sequence[Site], mine: Mapping[str, Parts]) -> dict[str, Any]:
