@@ -47,6 +47,14 @@ def test_unlabelled_examples_have_no_label():
     assert source.labels is None and set(source.get(0)) == {'image'}
 
 
+def test_unlabelled_texts_have_neither_tags_nor_numbers(tmp_path):
+    (tmp_path / 'a.conll').write_text('Ann B-PER\nwent O\n')
+    (tmp_path / 'a.tsv').write_text('score\ttext\n2.5\tgood\n')
+    tags = open_source(f'conll:{tmp_path}/a.conll', length=4, unlabelled=True)
+    numbers = open_source(f'tsv:{tmp_path}/a.tsv', text='text', target='score', length=4, unlabelled=True)
+    assert set(tags.get(0)) == set(numbers.get(0)) == {'tokens'}
+
+
 def test_predicted_labels_take_the_place_of_the_source_s(tmp_path):
     probabilities = np.random.RandomState(0).rand(600, 10)
     names = np.array([str(i) for i in range(10)])

@@ -143,6 +143,8 @@ def test_token_labelling_by_the_head_on_each_word():
     assert figures['loss'] == pytest.approx(expected, rel=1e-5)
     assert figures['accuracy'] == pytest.approx((logits.argmax(-1) == label)[label >= 0].mean())
     assert {'f1', 'precision', 'recall'} < figures.keys()
+    with pytest.raises(UserError, match='has none; take away its `unlabelled`'):
+        objective.loss(variables, {'train': {'tokens': TOKENS}}, jax.random.key(1))
 
 
 def test_regression():
@@ -167,3 +169,5 @@ def test_regression():
         wide.loss(wide.init(jax.random.key(0), batch), batch, jax.random.key(1))
     with pytest.raises(UserError, match="target='score'"):
         objective.init(jax.random.key(0), {'train': {'tokens': TOKENS}})
+    with pytest.raises(UserError, match='has none; take away its `unlabelled`'):
+        objective.predict(variables, {'tokens': TOKENS})

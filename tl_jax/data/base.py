@@ -11,6 +11,7 @@ import numpy as np
 
 from tl_jax.errors import UserError, nearest
 
+ANSWER = re.compile(r'(\w+_)?(label|target)(_\w+)?')  # a field that says what an example is: `token_label`, `target`
 MAX_BYTES = 4 * 2**30  # of one array or table; a file that declares more is refused before memory is taken
 
 
@@ -63,9 +64,9 @@ def select(source: Source, indices: np.ndarray) -> Source:
 
 
 def without_labels(source: Source) -> Source:
-    """The same examples, their labels gone for good."""
+    """The same examples, their labels, tags and numbers to predict gone for good."""
     get = source.get
-    return source._replace(get=lambda i: {k: v for k, v in get(i).items() if not k.startswith('label')}, labels=None)
+    return source._replace(get=lambda i: {k: v for k, v in get(i).items() if not ANSWER.fullmatch(k)}, labels=None)
 
 
 def without_classes(source: Source, omit: Sequence[int]) -> Source:

@@ -136,11 +136,11 @@ def inputs_of(stream: dict[str, Any], prefix: str = '') -> Any:
     raise UserError(f'config.data: a network takes image, inputs or tokens; these examples have {", ".join(stream)}')
 
 
-def label_of(stream: dict[str, Any]) -> Int[Array, 'batch']:
-    """The labels [B] of a stream's batch."""
-    if 'label' not in stream:
+def label_of(stream: dict[str, Any], field: str = 'label') -> Array:
+    """The labels [B] of a stream's batch, or what else it is to be: `token_label` [B, L], `target` [B]."""
+    if field not in stream:
         raise UserError('config.data: labels are wanted of a stream or split that has none; take away its `unlabelled`')
-    return stream['label']
+    return stream[field]
 
 
 def targets_of(stream: dict[str, Any], num_classes: int) -> Float[Array, 'batch classes']:

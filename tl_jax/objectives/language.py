@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tl_jax.entities import entity_figures
 from tl_jax.errors import UserError
 from tl_jax.models.generate import real_tokens
-from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of
+from tl_jax.objectives.base import Aux, Model, Objective, forward, inputs_of, label_of
 
 REPLACED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are
 
@@ -196,7 +196,7 @@ def token_labelling(
         body, head = jax.random.split(key)
         outputs, collections = forward(model, variables, inputs_of(batch[stream]), body)
         logits = logits_of(variables, outputs, train=True, rngs={'dropout': head})
-        label = batch[stream]['token_label']
+        label = label_of(batch[stream], 'token_label')
         real, target = label >= 0, jnp.maximum(label, 0)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         count = jnp.maximum(real.sum(), 1)
@@ -206,10 +206,10 @@ def token_labelling(
 
     def predict(variables, batch):
         logits = logits_of(variables, model.apply(variables, inputs_of(batch), train=False))
-        nats = -jax.nn.log_softmax(logits)
-        mine = jnp.take_along_axis(nats, jnp.maximum(batch['token_label'], 0)[..., None], -1)[..., 0]
-        nats = jnp.sum(mine * (batch['token_label'] >= 0), 1)
-        return {'predicted': jnp.argmax(logits, -1), 'token_label': batch['token_label'], 'nats': nats}
+        nats, label = -jax.nn.log_softmax(logits), label_of(batch, 'token_label')
+        mine = jnp.take_along_axis(nats, jnp.maximum(label, 0)[..., None], -1)[..., 0]
+        nats = jnp.sum(mine * (label >= 0), 1)
+        return {'predicted': jnp.argmax(logits, -1), 'token_label': label, 'nats': nats}
 
     def figures(columns):
         names, real = np.array(class_names), columns['token_label'] >= 0
@@ -252,7 +252,7 @@ def regression(model: Model, *, stream: str = 'train') -> Objective:
     def predict(variables, batch):
         return {
             'predicted': predicted(model.apply(variables, inputs_of(batch), train=False)),
-            'target': batch['target'],
+            'target': label_of(batch, 'target'),
         }
 
     def figures(columns):
