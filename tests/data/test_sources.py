@@ -197,7 +197,7 @@ def test_tables_of_texts(tmp_path):
         ('a,label\n1,0\n2,3\n', 'label 3 of example 1 is out of range; expected 0 … 2'),
         ('a,label\n1,0\n2,1e12\n', 'label 1e12 is out of range'),
         ('a,label\n1,0\n2,cat\n', r"labels mix numbers \(.*line 2: '0'\) and names \(.*line 3: 'cat'\)"),
-        ('a,label\n1,\xff\n'.encode('latin-1'), 'not a readable text file in UTF-8'),
+        ('a,label\n1,\xff\n'.encode('latin-1'), 'not a text file in UTF-8'),
         ('label\n0\n', 'no column is left for inputs'),
     ],
 )

@@ -53,11 +53,26 @@ def test_bad_files_are_one_line(tmp_path, content, options, message):
 
 
 def test_a_missing_member_is_named(table):
-    with pytest.raises(UserError, match="no member 'data/book.svmlight'; did you mean 'data/books.svmlight'"):
+    with pytest.raises(UserError, match="has no file 'data/book.svmlight'; did you mean 'data/books.svmlight'"):
         open_source(f'svmlight:{table[0]}/reviews.tar.xz/data/book.svmlight')
 
 
-def test_an_archive_that_is_none_is_named(tmp_path):
-    (tmp_path / 'broken.tar.xz').write_bytes(b'no archive')
-    with pytest.raises(UserError, match='not a readable archive'):
-        open_source(f'svmlight:{tmp_path}/broken.tar.xz/data')
+def test_a_member_as_tar_writes_it_of_a_folder(table):
+    with tarfile.open(table[0] / 'dot.tar', 'w') as archive:
+        archive.add(table[0] / 'books.svmlight', './books.svmlight')
+    for member in ('books.svmlight', './books.svmlight'):
+        assert open_source(f'svmlight:{table[0]}/dot.tar/{member}').length == 20
+
+
+@pytest.mark.parametrize('kind', ['xz', 'gz', 'bz2', 'none'])
+def test_a_damaged_archive_is_named(table, kind):
+    path = table[0] / f'damaged.tar.{kind}'
+    if kind == 'none':
+        path.write_bytes(b'no archive')
+    else:
+        with tarfile.open(path, f'w:{kind}') as archive:
+            archive.add(table[0] / 'books.svmlight', 'books.svmlight')
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] + b'\xff' * 40 + whole[len(whole) // 2 :])
+    with pytest.raises(UserError, match=f'damaged.tar.{kind}/b.svmlight: not a readable file'):
+        open_source(f'svmlight:{path}/b.svmlight')

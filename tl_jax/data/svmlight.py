@@ -1,21 +1,19 @@
 """Sparse tables of features: svmlight (libsvm) files, also within a tar archive."""
 
 import io
-import re
-import tarfile
-from pathlib import Path
 
 import numpy as np
 
 from tl_jax.data.arrays import array_source
-from tl_jax.data.base import MAX_BYTES, Source, check_size, existing
-from tl_jax.errors import UserError, nearest
+from tl_jax.data.base import MAX_BYTES, Source, check_size
+from tl_jax.data.text import read_bytes
+from tl_jax.errors import UserError
 
 
 def open_svmlight(
     path: str, *, features: int | None = None, zero_based: bool = True, max_bytes: int = MAX_BYTES
 ) -> Source:
-    """`svmlight:FILE`, or `svmlight:ARCHIVE.tar[.gz|.xz|.bz2]/MEMBER`, which is read without unpacking it.
+    """`svmlight:FILE`, gzipped or not, or `svmlight:ARCHIVE.tar[.gz|.xz|.bz2]/MEMBER`, which is read without unpacking it.
 
     An example is `inputs` float32 [F] and its label: 0, 1, …, or −1 and 1, which become 0 and 1.
 
@@ -23,12 +21,12 @@ def open_svmlight(
       path: of the file, or of the archive and the file within it.
       features: F; the largest index in the file decides it unless given. Files of one table want the same.
       zero_based: whether the file counts features from 0.
-      max_bytes: of memory that the dense table may take.
+      max_bytes: of the file, and of memory that the dense table may take.
     """
     from sklearn.datasets import load_svmlight_file
 
     name = f'svmlight:{path}'
-    content = _content(path, name, max_bytes)
+    content = read_bytes(path, max_bytes)
     try:
         table, labels = load_svmlight_file(io.BytesIO(content), n_features=features, zero_based=zero_based)
     except (ValueError, OverflowError) as error:
@@ -39,23 +37,3 @@ def open_svmlight(
     if set(np.unique(labels)) == {-1.0, 1.0}:
         labels = (labels + 1) / 2
     return array_source(name, table.toarray().astype(np.float32), labels)
-
-
-def _content(path: str, name: str, max_bytes: int) -> bytes:
-    archive = re.fullmatch(r'(.*?\.(?:tar|tgz)(?:\.\w+)?)/(.+)', path)
-    if not archive:
-        file = existing(path, name)
-        check_size(file.stat().st_size, name, max_bytes)
-        return file.read_bytes()
-    file = existing(Path(archive[1]), name)
-    try:
-        with tarfile.open(file) as tar:
-            for entry in tar:
-                if entry.name == archive[2]:
-                    if not entry.isfile():
-                        raise UserError(f'{name}: {entry.name} is no plain file')
-                    check_size(entry.size, name, max_bytes)
-                    return tar.extractfile(entry).read()
-            raise UserError(f'{name}: no member {archive[2]!r}; {nearest(archive[2], tar.getnames())}')
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f'{file}: not a readable archive ({error})') from None

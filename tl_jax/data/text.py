@@ -147,22 +147,28 @@ def in_braces(path: str) -> list[str]:
 
 
 def read_lines(path: str, max_bytes: int = MAX_BYTES) -> list[str]:
-    """The lines of a text file in UTF-8, gzipped (`.gz`) or not, or of a member of an archive: `DATA.tar[.gz|.xz|.bz2]/MEMBER`.
+    """The lines of a text file in UTF-8, which `read_bytes` reads."""
+    try:
+        text = read_bytes(path, max_bytes).decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not a text file in UTF-8 ({error})') from error
+    lines = text.split('\n')
+    return [line.rstrip('\r') for line in (lines[:-1] if lines[-1] == '' else lines)]
+
+
+def read_bytes(path: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """A file, gzipped (`.gz`) or not, or a member of an archive: `DATA.tar[.gz|.xz|.bz2]/MEMBER`.
 
     Members are read in place: nothing is unpacked to disk.
     """
     archive = ARCHIVED.fullmatch(path)
     try:
         if archive:
-            data = _read_member(existing(archive[1], path), archive[2], max_bytes)
-        else:
-            with existing(path, path).open('rb') as stream:
-                data = _read(stream, path, max_bytes)
-        text = data.decode('utf-8-sig')
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: not a readable text file in UTF-8 ({" ".join(str(error).split())})') from error
-    lines = text.split('\n')
-    return [line.rstrip('\r') for line in (lines[:-1] if lines[-1] == '' else lines)]
+            return _read_member(existing(archive[1], path), archive[2], max_bytes)
+        with existing(path, path).open('rb') as stream:
+            return _read(stream, path, max_bytes)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        raise UserError(f'{path}: not a readable file ({" ".join(str(error).split())})') from error
 
 
 def _read_member(archive: Path, member: str, max_bytes: int) -> bytes:
@@ -170,7 +176,7 @@ def _read_member(archive: Path, member: str, max_bytes: int) -> bytes:
     with tarfile.open(archive) as tar:
         for item in tar:  # a compressed archive is read no further than it must be
             name = item.name.removeprefix('./')
-            if item.isreg() and name == member:
+            if item.isreg() and name == member.removeprefix('./'):
                 with tar.extractfile(item) as stream:
                     return _read(stream, member, max_bytes)
             names += [name] if item.isreg() else []
