@@ -62,6 +62,9 @@ def test_tags_stand_on_first_tokens(tmp_path, wordpiece):
     assert parts.get(0)['token_label'].tolist() == [1, -1, -1, 0, -1, -1, -1, -1, -1]
     with refuses("line 7: tag 'B-LOC' is not in class_names"):
         open_source(f'conll:{tmp_path}/a.conll', tokenizer=wordpiece, class_names=['O', 'B-PER'])
+    for length in (1, 2):
+        with refuses(f'length={length} leaves no room between 2 special tokens'):
+            open_source(f'conll:{tmp_path}/a.conll', tokenizer=wordpiece, length=length)
     (tmp_path / 'b.conll').write_text('Ann\n')
     with refuses("line 1: 'Ann' has no word and tag"):
         open_source(f'conll:{tmp_path}/b.conll', tokenizer=wordpiece)

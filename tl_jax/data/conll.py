@@ -69,6 +69,7 @@ def split_words(
 ) -> tuple[list[int], list[int | None]]:
     """The ids of words, at most `length`, and for each the number of its word; None for what is of none, as [CLS]."""
     if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.check_room(length)
         tokenizer.tokenizer.enable_truncation(length, direction='right')
         found = tokenizer.tokenizer.encode(list(words), is_pretokenized=True)
         return found.ids, found.word_ids

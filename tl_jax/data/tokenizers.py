@@ -73,9 +73,7 @@ class PretrainedTokenizer(NamedTuple):
             raise UserError('tokenizer: give a list of texts, not one')
         if pairs is not None and len(pairs) != len(texts):
             raise UserError(f'tokenizer: {len(pairs)} second texts for {len(texts)}; give each its own')
-        special = self.tokenizer.num_special_tokens_to_add(pairs is not None)
-        if length <= special:
-            raise UserError(f'tokenizer: length={length} leaves no room between {special} special tokens; raise it')
+        self.check_room(length, pairs=pairs is not None)
         self.tokenizer.enable_truncation(length, direction=self.cut)
         found = self.tokenizer.encode_batch(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)))
         tokens = np.full((len(found), length), self.pad_id, np.int32)
@@ -86,6 +84,12 @@ class PretrainedTokenizer(NamedTuple):
         lengths = np.array([len(one) for one in found], np.int32).reshape(-1, 1)
         inputs = dict(tokens=tokens, mask=np.arange(length) < lengths)
         return inputs | dict(segments=segments) if segments.any() else inputs
+
+    def check_room(self, length: int, *, pairs: bool = False) -> None:
+        """Refuses a length that the special tokens alone fill."""
+        special = self.tokenizer.num_special_tokens_to_add(pairs)
+        if length <= special:
+            raise UserError(f'tokenizer: length={length} leaves no room between {special} special tokens; raise it')
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
