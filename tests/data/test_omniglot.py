@@ -59,7 +59,7 @@ def test_what_is_not_omniglot(folder):
     with pytest.raises(UserError, match=r"val.txt: 'Greek/character99/rot000' is no character.*Greek/character01"):
         data.open_source(f'omniglot:{path}/val')
     (path / 'omniglot.npz').write_bytes(b'no zip')
-    with pytest.raises(UserError, match='omniglot.npz: not the npz of Omniglot'):
+    with pytest.raises(UserError, match='omniglot.npz: not a readable npz file'):
         data.open_source(f'omniglot:{path}/test')
 
 

@@ -66,3 +66,12 @@ def test_predicted_labels_take_the_place_of_the_source_s(tmp_path):
     np.savez(path, index=np.arange(10), probabilities=probabilities[:10], class_names=names)
     with pytest.raises(UserError, match=r'predicts 10 examples; .* has 600'):
         open_source(DIGITS, labels=str(path))
+    np.savez(path, index=np.arange(600), probabilities=probabilities[:, :9], class_names=names)
+    with pytest.raises(UserError, match=r'probabilities \[600, 9\] and class_names \[10\] are no predictions'):
+        open_source(DIGITS, labels=str(path))
+    np.savez(path, index=np.arange(600), scores=probabilities)
+    with pytest.raises(UserError, match="no array 'probabilities'"):
+        open_source(DIGITS, labels=str(path))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r'p\.npz: not a readable npz file'):
+        open_source(DIGITS, labels=str(path))

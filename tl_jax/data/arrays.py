@@ -5,6 +5,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,26 +79,30 @@ def open_npz(path: str, *, image_key: str = '', label_key: str = '', max_bytes: 
     if not dot:
         raise UserError(f'{name}: expected npz:FILE.npz/SPLIT')
     file, split = existing(f'{head}.npz', name), split.strip('/')
-    try:
-        with zipfile.ZipFile(file) as archive:
-            headers = {item.filename.removesuffix('.npy'): item for item in archive.infolist()}
-            image_key, label_key = _npz_keys(name, split, list(headers), image_key, label_key)
-            inputs, labels = (
-                _read_member(archive, headers[key], f'{name}: array {key!r}', max_bytes)
-                for key in (image_key, label_key)
-            )
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        raise UserError(f'{file}: not a readable npz file ({error})') from error
+    inputs, labels = read_npz(file, lambda keys: _npz_keys(name, split, keys, image_key, label_key), max_bytes)
     return array_source(name, inputs, labels)
+
+
+def predicted_labels(source: Source, path: str) -> Source:
+    """The same examples with the classes that a run predicted for them: `index` and `probabilities` of its npz."""
+    file = existing(path, source.name)
+    index, probabilities, names = read_npz(file, lambda keys: ('index', 'probabilities', 'class_names'))
+    if not names.size or probabilities.shape != (*index.shape, *names.shape) or index.ndim != 1 or names.ndim != 1:
+        raise UserError(
+            f'{file}: index {list(index.shape)}, probabilities {list(probabilities.shape)} and class_names '
+            f"{list(names.shape)} are no predictions; give a run's predictions/….npz of classes"
+        )
+    if not np.array_equal(index, np.arange(source.length)):
+        raise UserError(f'{file}: predicts {len(index)} examples; {source.name} has {source.length}')
+    labels, get = probabilities.argmax(1).astype(np.int32), source.get
+    names = tuple(map(str, names))
+    return source._replace(get=lambda i: {**get(i), 'label': int(labels[i])}, labels=labels, class_names=names)
 
 
 def _npz_keys(name: str, split: str, keys: list[str], image_key: str, label_key: str) -> tuple[str, str]:
     if bool(image_key) != bool(label_key):
         raise UserError(f'{name}: give both image_key and label_key')
     if image_key:
-        for key in (image_key, label_key):
-            if key not in keys:
-                raise UserError(f'{name}: no array {key!r}; {nearest(key, keys)}')
         return image_key, label_key
     splits = [key.removeprefix('x_') for key in keys if key.startswith('x_')]
     if f'x_{split}' not in keys or f'y_{split}' not in keys:
@@ -105,6 +110,20 @@ def _npz_keys(name: str, split: str, keys: list[str], image_key: str, label_key:
             raise UserError(f'{name}: no arrays x_SPLIT and y_SPLIT; name them by image_key and label_key: {keys}')
         raise UserError(f'{name}: no split {split!r}; {nearest(split, splits)}')
     return f'x_{split}', f'y_{split}'
+
+
+def read_npz(file: Path, choose: Callable[[list[str]], Sequence[str]], max_bytes: int = MAX_BYTES) -> list[np.ndarray]:
+    """The arrays of an npz file that `choose` takes by their names, each of at most `max_bytes`."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = {item.filename.removesuffix('.npy'): item for item in archive.infolist()}
+            wanted = choose(list(members))
+            missing = next((key for key in wanted if key not in members), None)
+            if missing is not None:
+                raise UserError(f'{file}: no array {missing!r}; {nearest(missing, members)}')
+            return [_read_member(archive, members[key], f'{file}: array {key!r}', max_bytes) for key in wanted]
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        raise UserError(f'{file}: not a readable npz file ({error})') from error
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, max_bytes: int) -> np.ndarray:

@@ -79,21 +79,6 @@ def without_classes(source: Source, omit: Sequence[int]) -> Source:
     return select(source, np.flatnonzero(~np.isin(labels, omit)))._replace(class_names=names)
 
 
-def predicted_labels(source: Source, path: str) -> Source:
-    """The same examples with the classes that a run predicted for them: `index` and `probabilities` of its npz."""
-    file = existing(path, source.name)
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            index, probabilities, names = arrays['index'], arrays['probabilities'], arrays['class_names']
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'{file}: is not a file of predictions ({error})') from None
-    if not np.array_equal(index, np.arange(source.length)):
-        raise UserError(f'{file}: predicts {len(index)} examples; {source.name} has {source.length}')
-    labels, get = probabilities.argmax(1).astype(np.int32), source.get
-    names = tuple(map(str, names))
-    return source._replace(get=lambda i: {**get(i), 'label': int(labels[i])}, labels=labels, class_names=names)
-
-
 def fixed_permutation(length: int, seed: int = 0) -> np.ndarray:
     """A permutation that is the same on every machine and numpy: RandomState's streams are frozen (NEP
     19)."""

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from tl_jax.data.arrays import read_npz
 from tl_jax.data.base import Source, existing
 from tl_jax.errors import UserError, nearest
 
@@ -33,11 +34,7 @@ def open_omniglot(path: str, *, size: int = 28, interpolation: Literal['nearest'
         raise UserError(f'{name}: size={size} must be at least 1')
     file = existing(f'{folder}/omniglot.npz', name)
     class_names = tuple(existing(f'{folder}/omniglot_splits/{split}.txt', name).read_text().split())
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            strokes, character, names = (archive[key] for key in ('strokes', 'character', 'names'))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f'{file}: not the npz of Omniglot ({error})') from error
+    strokes, character, names = read_npz(file, lambda keys: ('strokes', 'character', 'names'))
     number = {str(drawn): i for i, drawn in enumerate(names)}
     where = [_parse(line, number, f'{folder}/omniglot_splits/{split}.txt') for line in class_names]
     drawings = {k: _drawings(strokes[character == k], size, RESAMPLING[interpolation]) for k in {k for k, _ in where}}

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from tl_jax.config import call
-from tl_jax.data.arrays import open_idx, open_npz, open_sklearn
+from tl_jax.data.arrays import open_idx, open_npz, open_sklearn, predicted_labels
 from tl_jax.data.base import (
     Source,
     check_labels,
     few_shots,
     fixed_permutation,
-    predicted_labels,
     select,
     without_classes,
     without_labels,
