@@ -80,6 +80,10 @@ def test_pairs_refusals(tmp_path):
         open_source(digits, templates=['digit {}'], length=6)
     with refuses("unknown option 'caption'; did you mean 'captions'"):
         open_source(digits, caption=NAMES)
+    with refuses('length=-1: must be a whole number of tokens'):
+        open_source(digits, length=-1)
+    with refuses('pairs:sklearn:digits: would take .* GiB of memory'):
+        open_source(digits, length=10**11)
     np.savez(tmp_path / 'a.npz', x_train=np.zeros((3, 2, 2), np.uint8), y_train=np.arange(3))
     with refuses(r'its classes have no names; give captions=\[…\], one for each of the 3'):
         open_source(f'pairs:npz:{tmp_path}/a.npz/train')
@@ -123,6 +127,12 @@ def test_bitext_refusals(tmp_path):
         open_source(write_pair(tmp_path, 'a\nb\n', 'a\n \n'))
     with refuses('a.en: has no lines'):
         open_source(write_pair(tmp_path, '', ''))
+    spec = write_pair(tmp_path, 'a\n', 'b\n')
+    for length in (0, -1):
+        with refuses(f'length={length}: must be a whole number of tokens'):
+            open_source(spec, length=length)
+    with refuses('would take 372.5 GiB of memory'):
+        open_source(spec, length=10**11)
 
 
 @pytest.mark.shared

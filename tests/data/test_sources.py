@@ -215,6 +215,7 @@ def test_bad_csv(tmp_path, text, message):
         ('{"a": 1' + '0' * 400 + ', "label": 0}\n', 'line 1: a=10{40,}.* is not a number'),
         ('{"a": 1, "label": 0}\n{"a": null, "label": 0}\n', 'line 2: a=None is not a number'),
         ('{"a": 1, "label": 0}\n{"a": [1, 2], "label": 0}\n', 'line 2: 2 numbers, 1 in the rows before'),
+        ('{"a": [], "label": 0}\n{"a": [1], "label": 0}\n', 'line 1: no number in a; fill'),
         ('{"a": 1, "label": 0}\n{"b": 1, "label": 0}\n', "line 2: column 'a' is not in every line"),
         ('{"a": 1, "label": 0}\n{"a": 1, \n', 'line 2: not JSON'),
         ('[1]\n', 'line 1: not an object'),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tl_jax.data.base import MAX_BYTES, Source, check_size
+from tl_jax.data.base import MAX_BYTES, Source
 from tl_jax.data.text import Tokenizer, check_length, encode_texts, make_tokenizer, read_lines
 from tl_jax.data.tokenizers import PretrainedTokenizer
 from tl_jax.errors import UserError
@@ -24,8 +24,7 @@ def open_lines(
     texts = [line for line in read_lines(path, max_bytes) if line.strip()]
     if not texts:
         raise UserError(f'{name}: has no text')
-    check_size(len(texts) * length * 4, name, max_bytes)
-    fields, lengths = encode_texts(tokenizer, texts, length)
+    fields, lengths = encode_texts(tokenizer, texts, length, name=name, max_bytes=max_bytes)
     return Source(name, len(texts), lambda i: {field: rows[i] for field, rows in fields.items()}, lengths=lengths)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tl_jax.data.base import MAX_BYTES, Source, need_labels, num_classes, select
-from tl_jax.data.text import Tokenizer, make_tokenizer, read_lines
+from tl_jax.data.text import encode_texts, read_lines
 from tl_jax.errors import UserError
 
 
@@ -48,7 +48,7 @@ def open_pairs(
     texts = [[template.replace('{}', caption) for caption in names] for template in templates]
     if not texts or any('{}' not in template for template in templates):
         raise UserError(f"{name}: templates={list(templates)!r} need a {{}} for the name, such as 'a photo of {{}}'")
-    tokens = _encode(texts, make_tokenizer(tokenizer), length, name)
+    tokens = _encode(texts, tokenizer, length, name)
 
     def get(i: int) -> dict:
         return {**source.get(i), 'label': int(labels[i]), 'other_tokens': tokens[i % len(templates), labels[i]]}
@@ -83,9 +83,9 @@ def open_bitext(
         empty = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
         if empty:
             raise UserError(f'{file}, line {empty}: is empty; remove it from both files')
-    tokenizers = [make_tokenizer(tokenizer), make_tokenizer(other_tokenizer or tokenizer)]
     tokens, other_tokens = (
-        np.stack([t.encode(line, length) for line in lines]) for t, lines in zip(tokenizers, texts, strict=True)
+        encode_texts(item, lines, length, name=name, max_bytes=max_bytes)[0]['tokens']
+        for item, lines in zip((tokenizer, other_tokenizer or tokenizer), texts, strict=True)
     )
     return Source(name, len(tokens), lambda i: {'tokens': tokens[i], 'other_tokens': other_tokens[i]})
 
@@ -113,9 +113,10 @@ def _class_captions(
     return names, np.array([names.index(text) if text else -1 for text in texts], np.int32)
 
 
-def _encode(texts: Sequence[Sequence[str]], tokenizer: Tokenizer, length: int, name: str) -> np.ndarray:
+def _encode(texts: Sequence[Sequence[str]], tokenizer: str | Mapping[str, Any], length: int, name: str) -> np.ndarray:
     """Tokens int32 [templates, classes, length]; two classes whose captions have the same ones are refused."""
-    tokens = np.array([[tokenizer.encode(text, length) for text in row] for row in texts])
+    fields, _ = encode_texts(tokenizer, [text for row in texts for text in row], length, name=name)
+    tokens = fields['tokens'].reshape(len(texts), -1, length)
     for row, ids in zip(texts, tokens, strict=True):
         seen: dict[bytes, str] = {}
         for text, key in zip(row, map(np.ndarray.tobytes, ids), strict=True):

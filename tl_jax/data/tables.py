@@ -74,7 +74,7 @@ def open_table(
       class_names: of the labels, in their order.
       unreadable: 'skip' leaves out rows whose text is empty or whose image cannot be read; an 'error' unless given.
       channels, max_pixels, cache_bytes: of images, as in `open_folder`.
-      max_bytes: of a file.
+      max_bytes: of a file, and of memory that the tokens may take.
     """
     name = f'{kind}:{path}'
     layout = dict(kind=kind, columns=columns, pattern=pattern, max_bytes=max_bytes)
@@ -98,7 +98,8 @@ def open_table(
         options = dict(channels=channels, max_pixels=max_pixels, unreadable=unreadable, cache_bytes=cache_bytes)
         return image_source(name, files, labels, names, **options)
     if text:
-        fields, lengths = _texts(table, texts, tokenizer, length)
+        one, *other = ([str(value).strip() for value in table.column(column)] for column in texts)
+        fields, lengths = encode_texts(tokenizer, one, length, *other, name=name, max_bytes=max_bytes)
     else:
         fields, lengths = {'inputs': _numbers(table, list(inputs or [c for c in table.columns if c != answer]))}, None
 
@@ -203,6 +204,8 @@ def _with_text(table: Table, columns: list[str], skip: bool) -> Table:
     if not all(full) and not skip:
         place = table.places[full.index(False)]
         raise UserError(f"{place}: its text is empty; fill or remove the row, or leave it out with unreadable='skip'")
+    if not any(full):
+        raise UserError(f'{table.places[0]}: this text is empty, and so is every other')
     return _rows(table, [i for i, there in enumerate(full) if there])
 
 
@@ -238,12 +241,6 @@ def _answers(table: Table, column: str, class_names: Sequence[str] | None, numbe
     return labels, names, lambda i: {'label': int(labels[i])}
 
 
-def _texts(table: Table, columns: list[str], tokenizer: str | Mapping[str, Any], length: int) -> tuple:
-    """The fields and lengths of the texts of a column or of pairs of them."""
-    texts = [[str(value).strip() for value in table.column(column)] for column in columns]
-    return encode_texts(tokenizer, texts[0], length, *texts[1:])
-
-
 def _numbers(table: Table, wanted: list[str]) -> np.ndarray:
     """The wanted columns as float32 [rows, features]; every value must be a finite number."""
     if not wanted:
@@ -262,6 +259,8 @@ def _numbers(table: Table, wanted: list[str]) -> np.ndarray:
                 ) from error
             if not np.all(np.abs(values) <= np.finfo(np.float32).max):
                 raise UserError(f'{place}: {column}={row[index]!r} is not finite in float32; fill or remove the row')
+        if not values:
+            raise UserError(f'{place}: no number in {", ".join(wanted)}; fill or remove the row')
         width = width or len(values)
         if len(values) != width:
             raise UserError(f'{place}: {len(values)} numbers, {width} in the rows before')

@@ -108,9 +108,17 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer | PretrainedTokenizer]] = {
 
 
 def encode_texts(
-    item: str | Mapping[str, Any], texts: Sequence[str], length: int, pairs: Sequence[str] | None = None
+    item: str | Mapping[str, Any],
+    texts: Sequence[str],
+    length: int,
+    pairs: Sequence[str] | None = None,
+    *,
+    name: str,
+    max_bytes: int = MAX_BYTES,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Encodes texts, or pairs of them, by the tokenizer that `item` describes; one too long loses its end.
+
+    `name` is the source's, for error messages, and `max_bytes` the most that the tokens may take.
 
     Returns:
       the fields of examples: `tokens` int32 [texts, length], of pairs also `segments`, and `token_mask` bool, true for what
@@ -118,6 +126,7 @@ def encode_texts(
       has, int32 [texts].
     """
     check_length(length)
+    check_size(len(texts) * length * 4, name, max_bytes)
     tokenizer = make_tokenizer(item)
     if isinstance(tokenizer, Tokenizer):
         if pairs is not None:
