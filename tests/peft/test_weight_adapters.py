@@ -319,6 +319,7 @@ DROPPING = (*DIVIDING, 'adalora', 'loha', 'lokr', 'oft')
         (dict(name='lore'), 'dense', "no method 'lore'; did you mean 'lora'"),
         (dict(name='lora'), 'dense', 'targets: is required'),
         (dict(a='lora'), 'dense', 'a: must be a method with its fields'),
+        ({'x/y': dict(name='lora', targets='layer')}, 'dense', "peft: no adapter can be called 'x/y'; use letters"),
         (dict(name='oft', targets='layer'), 'embed', 'is a embed, and this adapter changes dense and conv'),
         (dict(name='oft', block=5, targets='layer'), 'dense', '5 does not divide the 12 inputs'),
         (dict(name='lokr', rank=2, targets='layer'), 'groups', 'in groups'),

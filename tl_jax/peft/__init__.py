@@ -1,5 +1,6 @@
 """Adapters that enter a model from outside, by rule: `config.model.peft=dict(name='lora', rank=8)`."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +59,9 @@ def adapters_from(
     named = {'default': section} if isinstance(section.get('name'), str) else section
     adapters = {}
     for name, fields in named.items():
+        # It is a step of its leaves' paths.
+        if not re.fullmatch(r'\w+', name):
+            raise UserError(f'{field}: no adapter can be called {name!r}; use letters, digits and _ alone')
         where = field if named is not section else f'{field}.{name}'
         if not isinstance(fields, Mapping) or 'name' not in fields:
             raise UserError(
