@@ -20,7 +20,7 @@ from tl_jax.objectives.base import Model
 from tl_jax.peft import adapters_from
 from tl_jax.peft.base import CONSTANTS, ROLE, adapted
 from tl_jax.peft.huggingface import load_peft
-from tl_jax.peft.quantized import held, restored
+from tl_jax.peft.quantized import KERNELS, held, restored
 from tl_jax.trees import flatten, unflatten
 
 ON_FILE = rf'(params|{CONSTANTS})/{ROLE}/.*'
@@ -148,8 +148,7 @@ def as_held(params: Mapping[str, Any], quantize: Mapping[str, Any]) -> dict[str,
     flat = flatten(params)
     lacking = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
     zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in lacking.items()}
-    fields = {'rule': r'backbone/.*/kernel', **quantize}
-    return unflatten(flatten(restored(held(unflatten(flat | zeros), **fields))) | lacking)
+    return unflatten(flatten(restored(held(unflatten(flat | zeros), **{'rule': KERNELS, **quantize}))) | lacking)
 
 
 def described(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tl_jax.objectives.base import Model
 
 CODES, SCALES, UNITS, MEAN = '_codes', '_scales', '_units', '_mean'
 HELD = 'held'  # the collection in which `quantized` hands codes to `forgetful`
+KERNELS = r'backbone/.*/kernel'  # what `config.model.quantize` means unless it has a rule
 BLOCK = 64  # entries of one scale, row by row
 SCALE_BLOCK = 256  # scales of one scale's scale
 
@@ -50,7 +51,7 @@ NF4 = np.asarray(
 
 
 def quantized(
-    model: Model, *, name: Literal['int8', 'nf4'], rule: str = r'backbone/.*/kernel', double: bool = False, dtype: Any
+    model: Model, *, name: Literal['int8', 'nf4'], rule: str = KERNELS, double: bool = False, dtype: Any
 ) -> Model:
     """The network with leaves of its base held in few bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314, sec. 3).
 
