@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from tl_jax.errors import UserError
 from tl_jax.models import create_model
+from tl_jax.peft import huggingface
 from tl_jax.peft.files import laid_over
 from tl_jax.peft.huggingface import load_peft, save_peft
 from tl_jax.peft.huggingface_layers import rule_of
@@ -225,6 +226,25 @@ def test_what_no_folder_can_hold(tmp_path):
     with pytest.raises(UserError, match='no library has names for the modules of a ConvNet'):
         save_peft(tmp_path / 'out', lora, whole, [], convnet.backbone)
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('step', ['save_tensors', 'write_atomically'])
+def test_a_kill_leaves_no_wrong_pair(step, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    backbone, site = NETWORKS['bert'].backbone, 'params/adapters/default/backbone/block1/attention/query'
+    whole = merge(variables('bert'), unflatten({f'{site}/lora_a': draw(8, 2), f'{site}/lora_b': draw(2, 8)}))
+    save = lambda alpha: save_peft(tmp_path, {'default': dict(name='lora', rank=2, alpha=alpha)}, whole, [], backbone)
+    save(3.0)
+    monkeypatch.setattr(huggingface, step, killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(5.0)
+    with pytest.raises(UserError, match='it has no adapter_config.json'):
+        load_peft(str(tmp_path), backbone)
+    monkeypatch.undo()
+    save(5.0)
+    assert load_peft(str(tmp_path), backbone).adapters['default']['alpha'] == 5.0
 
 
 @pytest.mark.parametrize(

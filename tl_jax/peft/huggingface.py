@@ -27,6 +27,7 @@ from tl_jax.pretrained.names import NameMap
 from tl_jax.pretrained.safetensors_file import save_tensors
 from tl_jax.pretrained.tensors import Tensor, listed
 from tl_jax.trees import flatten
+from tl_jax.workdir import write_atomically
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = ('adapter_model.safetensors', 'adapter_model.bin')
@@ -130,11 +131,13 @@ def save_peft(
     if kind == 'LORA':
         common['bias'] = 'lora_only' if any(BASE in tensor for tensor in plain) else 'none'
     folder.mkdir(parents=True, exist_ok=True)
+    # Away first and back last, so that a kill between leaves no folder that would load, rather than a wrong pair.
+    (folder / CONFIG).unlink(missing_ok=True)
     # A network with a prompt is peft's own, whose names have no further `model.`; the prompt has none at all.
     prefix = WHOLE if targets else 'base_model.'
     stored = {tensor if tensor == PROMPT else prefix + tensor: array for tensor, array in (tensors | plain).items()}
     save_tensors(folder / WEIGHTS[0], stored, {'format': 'pt'})
-    (folder / CONFIG).write_text(json.dumps(common | config, indent=2, sort_keys=True) + '\n')
+    write_atomically(folder / CONFIG, json.dumps(common | config, indent=2, sort_keys=True) + '\n')
     return list(stored)
 
 
