@@ -164,6 +164,26 @@ def test_csv_and_jsonl_tables(tmp_path):
     assert open_source(f'csv:{csv}', label='label', inputs=['b']).get(0)['inputs'].tolist() == [2.5]
 
 
+@pytest.mark.parametrize(
+    ('names', 'labels'),
+    [
+        (['0', '2', '1'], [1, 2, 0]),
+        (['2', '1', '0'], [0, 1, 2]),
+        (['0', '1', '2'], [2, 1, 0]),
+        (['cat', 'dog', 'eel'], [2, 1, 0]),
+        (['3', '1', '2'], None),
+    ],
+)
+def test_numbers_that_are_class_names(tmp_path, names, labels):
+    (tmp_path / 't.csv').write_text('a,label\n1,2\n1,1\n1,0\n')
+    if labels is None:
+        with refuses("line 4: label '0' is not in class_names"):
+            open_source(f'csv:{tmp_path}/t.csv', class_names=names)
+        return
+    source = open_source(f'csv:{tmp_path}/t.csv', class_names=names)
+    assert source.labels.tolist() == labels and source.class_names == tuple(names)
+
+
 def test_tables_of_texts(tmp_path):
     table = tmp_path / 'reviews.tsv'
     table.write_text('label\tsentence\ngood\tA "fine" film\nbad\tdull\n')

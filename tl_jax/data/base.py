@@ -115,13 +115,16 @@ def parse_labels(
     values: Sequence, where: Callable[[int], str], class_names: Sequence[str] | None = None
 ) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Labels int32 [N] from what a table holds: whole numbers as they are, names by their place among the
-    sorted names (or in `class_names`). `where(i)` says in an error message where value i stands."""
+    sorted names (or in `class_names`, as are numbers where one of them is such a name). `where(i)` says in an
+    error message where value i stands."""
     text = [str(value).strip() for value in values]
     numbers = [_as_number(value) for value in text]
     for i, value in enumerate(text):
         if value in ('', 'None') or (numbers[i] is not None and not np.isfinite(numbers[i])):
             raise UserError(f'{where(i)}: label {value!r} is missing')
-    if all(number is not None for number in numbers):
+    in_order = class_names and all(name == str(i) for i, name in enumerate(class_names))
+    named = class_names and not in_order and not set(text).isdisjoint(class_names)
+    if all(number is not None for number in numbers) and not named:
         for i, number in enumerate(numbers):
             if number != int(number):
                 raise UserError(f'{where(i)}: label {text[i]} is not a whole number')

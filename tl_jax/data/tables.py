@@ -71,7 +71,7 @@ def open_table(
       without: further files of the same form; rows whose text they have are left out.
       tokenizer: see `tl_jax.data.text.make_tokenizer`.
       length: tokens of a text, beyond which it is cut at its end.
-      class_names: of the labels, in their order.
+      class_names: of the labels, in their order; labels that are numbers, and none of these names, are places in it.
       unreadable: 'skip' leaves out rows whose text is empty or whose image cannot be read; an 'error' unless given.
       channels, max_pixels, cache_bytes: of images, as in `open_folder`.
       max_bytes: of a file, and of memory that the tokens may take.
