@@ -79,6 +79,12 @@ def test_a_probe_is_a_run(digits_config, tmp_path, capsys):
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary['probe']['converged'] and summary['probe']['refit']
     assert summary['metrics']['test/accuracy'] > 0.7
+    # The last fit has seen the split that chose, which is therefore judged by the head before it.
+    records = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    best = max(r['val/accuracy'] for r in records)
+    assert summary['metrics']['val/accuracy'] == pytest.approx(best) and best < 1
+    held_out = np.load(tmp_path / 'run' / 'predictions' / 'val.npz')
+    assert np.mean(held_out['probabilities'].argmax(1) == held_out['label']) == pytest.approx(best)
     stored = {path: tensor.array() for path, tensor in read(tmp_path / 'run' / 'model.safetensors').tensors.items()}
     predictions = np.load(tmp_path / 'run' / 'predictions' / 'test.npz')
     logits = predictions['features'] @ stored['params/head/kernel'] + stored['params/head/bias']
@@ -86,6 +92,11 @@ def test_a_probe_is_a_run(digits_config, tmp_path, capsys):
     capsys.readouterr()
     launch.jobs.JOBS['eval']({'workdir': str(tmp_path / 'run')}, [])
     assert f'accuracy {summary["metrics"]["test/accuracy"]:.4f}' in capsys.readouterr().out
+
+
+def test_a_given_penalty_selects_nothing(digits_config, tmp_path):
+    summary = probe.probe(resolve(digits_config(probe={'C': 1.0, 'max_iterations': 5})), tmp_path / 'run')
+    assert summary['select_by'] == 'last' and 'refit' not in summary['probe'] and 'val/accuracy' in summary['metrics']
 
 
 @pytest.mark.parametrize(

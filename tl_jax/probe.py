@@ -26,7 +26,7 @@ from tl_jax.evaluate import create_eval_step
 from tl_jax.experiment import Experiment, build
 from tl_jax.features import with_features
 from tl_jax.progress import say
-from tl_jax.run import Run, final_figures
+from tl_jax.run import Run, evaluate_splits, final_figures
 from tl_jax.selection import selection_from
 from tl_jax.state import TrainState
 from tl_jax.step import layouts
@@ -63,7 +63,7 @@ class Protocol(NamedTuple):
       first_step: of the search, in decades; halved until it is at most `last_step`.
       last_step: its resolution, in decades.
       max_iterations: of L-BFGS.
-      refit: whether the last fit is to the held-out examples as well.
+      refit: whether the last fit is to the held-out examples as well; their own figures are of the head before it.
     """
 
     C: float | None = None
@@ -190,7 +190,8 @@ def probe(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
         )
     workdir_lib.claim(workdir, config)
     log = workdir_lib.MetricsLog(workdir, [], resume_step=0)
-    selection = selection_from(split or 'last', list(experiment.data.eval), list(experiment.data.test))
+    by = split if protocol.C is None else 'last'
+    selection = selection_from(by, list(experiment.data.eval), list(experiment.data.test))
     run = Run(
         workdir,
         experiment,
@@ -205,9 +206,12 @@ def probe(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     seen = with_features(_as_evaluated(run, split), state, 0)
     if 'features' not in seen.experiment.data.streams['train'].batch_at(0):
         raise UserError('config.model: its features cannot be computed once, for the reason above')
-    fitted, figures = fit_and_refit(seen, split, protocol, log)
-    state = _with_head(state, fitted, mesh)
-    summary = {'steps': figures['tried'], **final_figures(seen, state, Place(0, 0), {}), 'probe': figures}
+    chosen, fitted, figures = fit_and_refit(seen, split, protocol, log)
+    final = final_figures(seen, _with_head(state, fitted, mesh), Place(0, 0), {})
+    if fitted is not chosen:  # the last fit has seen the split that chose: its figures are those that it was chosen by
+        objective, held_out = seen.experiment.stages[0].objective, {split: experiment.data.eval[split]}
+        final['metrics'] |= evaluate_splits(seen, _with_head(state, chosen, mesh), objective, held_out, store='')
+    summary = {'steps': figures['tried'], **final, 'probe': figures}
     summary |= {'seconds': time.perf_counter() - began, **about}
     log.close()
     if jax.process_index() == 0:
@@ -227,8 +231,8 @@ def as_probe(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **changes, 'ema': 0.0, 'ema_from': 0.0, 'cache_features': True}
 
 
-def fit_and_refit(run: Run, split: str | None, protocol: Protocol, log: Any) -> tuple[Fit, dict[str, Any]]:
-    """Chooses the penalty, fits, and says what was found."""
+def fit_and_refit(run: Run, split: str | None, protocol: Protocol, log: Any) -> tuple[Fit, Fit, dict[str, Any]]:
+    """Chooses the penalty, fits, and says what was found; the first fit has not seen what chose it."""
     data, config = run.experiment.data, run.experiment.config
     classes = len(data.class_names)
     source = data.streams['train'].loader.source
@@ -237,7 +241,7 @@ def fit_and_refit(run: Run, split: str | None, protocol: Protocol, log: Any) -> 
     if protocol.C is not None:
         fitted = fit(*train, C=protocol.C, **options)
         log.write(1, 0, {'probe/log10_C': float(np.log10(protocol.C)), 'train/loss': fitted.loss})
-        return fitted, {'C': protocol.C, 'tried': 1, **_figures(fitted, protocol)}
+        return fitted, fitted, {'C': protocol.C, 'tried': 1, **_figures(fitted, protocol)}
     held_out = _collected(map(_of_all_processes, data.batches(split, data.eval[split])))
     fits: dict[float, Fit] = {}
 
@@ -252,12 +256,12 @@ def fit_and_refit(run: Run, split: str | None, protocol: Protocol, log: Any) -> 
 
     scores = search(score, **{k: getattr(protocol, k) for k in ('low', 'high', 'first_step', 'last_step')})
     best = best_of(scores)
-    fitted = fits[best]
+    chosen = fitted = fits[best]
     if protocol.refit:
         both = tuple(np.concatenate(parts) for parts in zip(train, held_out, strict=True))
-        fitted = fit(*both, C=10**best, start=fitted, **options)
-    figures = {'C': 10**best, 'tried': len(scores), f'{split}/accuracy before refit': scores[best]}
-    return fitted, {**figures, 'refit': protocol.refit, **_figures(fitted, protocol)}
+        fitted = fit(*both, C=10**best, start=chosen, **options)
+    figures = {'C': 10**best, 'tried': len(scores), 'refit': protocol.refit, **_figures(fitted, protocol)}
+    return chosen, fitted, figures
 
 
 def _figures(fitted: Fit, protocol: Protocol) -> dict[str, Any]:
