@@ -63,4 +63,10 @@ def test_an_unknown_metric_or_split_is_named():
         selection_from('val/acuracy', ['val'], [])
     with pytest.raises(UserError, match="no evaluation split 'vall'"):
         selection_from('vall/accuracy', ['val'], [])
-    assert selection_from('val/mse', ['val'], [], metrics=None).sign == -1
+
+
+@pytest.mark.parametrize(
+    ('metric', 'sign'), [('mse', -1), ('perplexity', -1), ('left/loss', -1), ('accuracy', 1), ('left/accuracy', 1)]
+)
+def test_which_way_a_metric_is_better(metric, sign):
+    assert selection_from(f'val/{metric}', ['val'], [], metrics=None).sign == sign

@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 
 def direction(metric: str) -> float:
     """-1 for a metric of which less is better, 1 for the others; a task's own stands after its name, `left/loss`."""
-    return -1.0 if metric.rpartition('/')[2].startswith(('loss', 'mse', 'error')) else 1.0
+    return -1.0 if metric.rpartition('/')[2].startswith(('loss', 'mse', 'error', 'perplexity')) else 1.0
 
 
 def selection_from(
