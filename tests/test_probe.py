@@ -94,6 +94,17 @@ def test_a_probe_is_a_run(digits_config, tmp_path, capsys):
     assert f'accuracy {summary["metrics"]["test/accuracy"]:.4f}' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(('row', 'place'), [(17, 'train: example 13'), (50, 'eval.val: example 13')])
+def test_features_beyond_what_is_stored_name_the_example(digits_config, tmp_path, row, place):
+    images = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    images[row] = 1e6  # the 14th of its part, which is drawn
+    np.savez(tmp_path / 'large.npz', x_train=images, y_train=np.arange(64) % 4)
+    data = {field: f'npz:{tmp_path}/large.npz/train[{part}]' for field, part in (('train', ':48'), ('eval', '48:'))}
+    with pytest.raises(UserError, match=rf'config\.data\.{place}: its features are not finite'):
+        config = digits_config(model={'name': 'mlp', 'dense': [8]}, data=data, cache_dtype='float16')
+        probe.probe(resolve(config), tmp_path / 'run')
+
+
 def test_a_given_penalty_selects_nothing(digits_config, tmp_path):
     summary = probe.probe(resolve(digits_config(probe={'C': 1.0, 'max_iterations': 5})), tmp_path / 'run')
     assert summary['select_by'] == 'last' and 'refit' not in summary['probe'] and 'val/accuracy' in summary['metrics']

@@ -236,13 +236,14 @@ def fit_and_refit(run: Run, split: str | None, protocol: Protocol, log: Any) -> 
     data, config = run.experiment.data, run.experiment.config
     classes = len(data.class_names)
     source = data.streams['train'].loader.source
-    train = _collected(eval_batches(source, batch_size=config['eval_batch_size']))
+    train = _collected(eval_batches(source, batch_size=config['eval_batch_size']), 'config.data.train')
     options = {'num_classes': classes, 'max_iterations': protocol.max_iterations}
     if protocol.C is not None:
         fitted = fit(*train, C=protocol.C, **options)
         log.write(1, 0, {'probe/log10_C': float(np.log10(protocol.C)), 'train/loss': fitted.loss})
         return fitted, fitted, {'C': protocol.C, 'tried': 1, **_figures(fitted, protocol)}
-    held_out = _collected(map(_of_all_processes, data.batches(split, data.eval[split])))
+    batches = map(_of_all_processes, data.batches(split, data.eval[split]))
+    held_out = _collected(batches, f'config.data.eval.{split}')
     fits: dict[float, Fit] = {}
 
     def score(exponent):
@@ -290,9 +291,18 @@ def _as_evaluated(run: Run, split: str | None) -> Run:
     return run._replace(experiment=run.experiment._replace(data=data._replace(train_transforms={'train': transforms})))
 
 
-def _collected(batches: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] and labels [N] of all examples."""
-    parts = [(b['features'][b['mask'] > 0], b['label'][b['mask'] > 0]) for b in batches]
+def _collected(batches: Any, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features [N, D] and labels [N] of all examples; L-BFGS would stop at once where one is not finite, as if converged."""
+    parts = []
+    for batch in batches:
+        features, label, index = (batch[name][batch['mask'] > 0] for name in ('features', 'label', 'index'))
+        bad = index[~np.isfinite(features).all(1)]
+        if len(bad):
+            raise UserError(
+                f'{field}: example {bad[0]}: its features are not finite; mend or leave out the example, or compute and '
+                'store them in float32: config.dtype, config.cache_dtype'
+            )
+        parts.append((features, label))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
@@ -300,7 +310,7 @@ def _of_all_processes(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarra
     """The rows that the processes hold of a batch, together: each must choose the same penalty."""
     if jax.process_count() == 1:
         return batch
-    fields = {name: batch[name] for name in ('features', 'label', 'mask')}
+    fields = {name: batch[name] for name in ('features', 'label', 'mask', 'index')}
     return multihost_utils.process_allgather(fields, tiled=True)
 
 
