@@ -180,6 +180,7 @@ def test_nan_in_the_data_names_the_example(digits_config, tmp_path):
     [
         ({'select_by': 'test'}, "no evaluation split 'test'; did you mean 'last'"),
         ({'select_by': 'val/acuracy'}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
+        ({'patience': 3}, "config.patience: waits for a better config.select_by, and that is 'last'"),
         (
             {'stages': [{'steps': 1, 'train': [['hed/.*', ADAMW]]}]},
             r'stages\[0\].train\[0\]: the rule .* matches no leaf',

@@ -47,7 +47,12 @@ def direction(metric: str) -> float:
 
 
 def selection_from(
-    select_by: str, eval_splits: Sequence[str], test_splits: Sequence[str], *, metrics: Sequence[str] | None = METRICS
+    select_by: str,
+    eval_splits: Sequence[str],
+    test_splits: Sequence[str],
+    *,
+    metrics: Sequence[str] | None = METRICS,
+    patience: int = 0,
 ) -> Selection:
     """Reads `config.select_by`: 'last', '<evaluation split>', '<evaluation split>/<metric>', or 'oracle[/<metric>]'.
 
@@ -56,8 +61,14 @@ def selection_from(
       eval_splits: those of `config.data.eval`.
       test_splits: those of `config.data.test`.
       metrics: that there are; None where the objective has figures of its own, which are known once evaluated.
+      patience: of the config, which goes by what is read here.
     """
     if select_by == 'last':
+        if patience:
+            raise UserError(
+                "config.patience: waits for a better config.select_by, and that is 'last'; select by a split's metric, such "
+                'as val/accuracy, or leave patience at 0'
+            )
         return Selection('', 1.0, False)
     split, _, metric = select_by.partition('/')
     metric = metric or 'accuracy'

@@ -60,6 +60,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
         config['select_by'],
         list(experiment.data.eval),
         list(experiment.data.test),
+        patience=config['patience'],
         **({'metrics': None} if any(stage.objective.figures for stage in experiment.stages) else {}),
     )
     # Nothing is written before the weights are read: a bad checkpoint leaves no directory behind.
