@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from tl_jax import config as config_lib
 from tl_jax.errors import UserError
 from tl_jax.report import write_search_report
-from tl_jax.search import checked, launched, search, write_results
+from tl_jax.search import checked, launched, left_running, search, write_results
 from tl_jax.selection import selection_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +105,33 @@ search(SPACE, pathlib.Path({str(root)!r}), VAL, command, trials=4, poll=0.02)
     assert trials[1].state is TrialState.COMPLETE
     with pytest.raises(UserError, match='holds a search of another space'):
         search({'a': [1.0]}, root, VAL, command(), trials=5)
+
+
+@pytest.mark.parametrize(
+    ('argument', 'ours'),
+    [
+        ('--workdir={root}/a/trial0000', True),
+        ('--workdir=a/trial0000', True),
+        ('--workdir={root}/b/trial0000', False),
+        ('--workdir={root}/a/trial00001', False),
+        ('{root}/a/trial0000', False),
+    ],
+)
+def test_a_process_is_a_trials_by_its_workdir(tmp_path, argument, ours):
+    (tmp_path / 'a').mkdir()
+    # A number may have gone to another search's trial, which has the same name.
+    process = subprocess.Popen(
+        [sys.executable, '-c', 'print(flush=True); input()', argument.format(root=tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        process.stdout.readline()
+        (tmp_path / 'a' / 'trial0000.pid').write_text(str(process.pid))
+        assert left_running(tmp_path / 'a' / 'trial0000') == (process.pid if ours else None)
+    finally:
+        process.kill()
+        process.wait()
+    assert left_running(tmp_path / 'a' / 'trial0000') is None
 
 
 def test_hopeless_trials_are_stopped(command, tmp_path):

@@ -251,10 +251,14 @@ def left_running(folder: Path) -> int | None:
     """The process that an earlier search left at work on a trial, if it still is."""
     try:
         pid = int(pid_file(folder).read_text())
-        about = Path(f'/proc/{pid}/cmdline').read_text()
+        about = Path(f'/proc/{pid}')
+        arguments = os.fsdecode((about / 'cmdline').read_bytes()).split('\0')
+        began_in = (about / 'cwd').readlink()
     except (OSError, ValueError):
         return None
-    return pid if folder.name in about else None
+    # The number may have gone to another process since; and either search may have named the folder from where it was.
+    works_on = [began_in / a.removeprefix('--workdir=') for a in arguments if a.startswith('--workdir=')]
+    return pid if folder.resolve() in [path.resolve() for path in works_on] else None
 
 
 def pid_file(folder: Path) -> Path:
