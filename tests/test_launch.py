@@ -152,6 +152,10 @@ def test_sweep_refuses_a_bad_variant_before_it_trains_another(config_file, tmp_p
         (['--config={c}', '--workdir={w}', '--mode=sweep', '--dry_run'], '--dry_run: --mode=sweep has no use for it'),
         (['--config={c}', '--workdir={w}', '--mode=sweep', '--workers=2'], '--workers: is for a search over space()'),
         (['--config={c}', '--workdir={w}', '--config.data.train=folder:nowhere'], 'nowhere'),
+        (
+            ['--config={c}', '--workdir={w}', '--dry_run', '--config.eval_batch_size=10', '--config.mesh.data=4'],
+            'config.eval_batch_size: 10 examples cannot be split over 4',
+        ),
     ],
 )
 def test_bad_input_is_one_line(config_file, tmp_path, monkeypatch, arguments, message):

@@ -49,5 +49,7 @@ def test_a_run_of_it_leaves_two_files_and_no_more(digits_config, tmp_path):
         bad = config_lib.resolve({**config, 'stages': [{'steps': 5, 'train': [('head/.*', optimizer)]}]})
         with pytest.raises(UserError, match=message):
             lr_range(bad, tmp_path)
+    with pytest.raises(UserError, match='config.batch_size: 10 examples cannot be split over 4'):
+        lr_range(config_lib.resolve({**config, 'batch_size': 10, 'mesh': {'data': 4}}), tmp_path)
     with pytest.raises(UserError, match='--range: must be two rates, the lower one first'):
         lr_range(config_lib.resolve(config), tmp_path, low=1.0, high=0.1)

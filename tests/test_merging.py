@@ -12,6 +12,8 @@ from tl_jax.errors import UserError
 from tl_jax.models import create_model
 from tl_jax.step import averaging
 
+UNEQUAL = ('eval_batch_size=10', 'mesh.data=4')
+
 
 @pytest.fixture
 def networks():
@@ -201,6 +203,7 @@ def test_a_greedy_soup_is_no_worse_than_its_best(runs, tmp_path):
         ('uniform_soup', {'start': 'start'}, r'--start: uniform_soup has no use'),
         ('greedy_soup(size=2)', {}, r'greedy_soup has no fields'),
         ('uniform_soup', {'files': 'none'}, r'none holds no model.safetensors'),
+        ('uniform_soup', {'assignments': UNEQUAL}, r'config.eval_batch_size: 10 examples cannot be split over 4'),
     ],
 )
 def test_bad_merges_in_one_line(runs, tmp_path, method, changes, message):
@@ -208,6 +211,11 @@ def test_bad_merges_in_one_line(runs, tmp_path, method, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         merge(runs, tmp_path, method, **changes)
     assert '\n' not in str(caught.value) and not (tmp_path / 'merged').exists()
+
+
+def test_evaluation_refuses_batches_that_the_devices_cannot_share(runs):
+    with pytest.raises(UserError, match='config.eval_batch_size: 10 examples cannot be split over 4'):
+        jobs.JOBS['eval']({'workdir': str(runs / 'start')}, UNEQUAL)
 
 
 def test_networks_of_other_shapes_in_one_line():

@@ -114,6 +114,7 @@ def test_a_given_penalty_selects_nothing(digits_config, tmp_path):
     ('changes', 'message'),
     [
         ({'data': {'train': 'sklearn:digits/train[:40]'}}, 'config.data.eval: there is none to choose the penalty by'),
+        ({'eval_batch_size': 10, 'mesh': {'data': 4}}, 'config.eval_batch_size: 10 examples cannot be split over 4'),
         ({'probe': {'C': -1.0}}, 'config.probe.C: must be above 0'),
         ({'probe': {'low': 2.0, 'high': 1.0}}, 'config.probe: low must not be above high'),
         ({'probe': {'strength': 1.0}}, r'config\.probe\.strength: unknown field'),

@@ -50,7 +50,7 @@ def run_eval(flags: Flags, assignments: Sequence[str]) -> None:
     data = data_from(config)
     if tuple(data.class_names) != model.class_names:
         raise UserError(f'config.data: its classes are not the ones that {workdir} was trained on')
-    mesh = config_lib.call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
+    mesh = mesh_lib.mesh_from(config, 'eval_batch_size')
     step = evaluate_lib.create_eval_step(model.predict)
     placed = mesh_lib.put_everywhere(model.variables, mesh)
     for split, source in data.splits.items():

@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from tl_jax import data as data_lib
 from tl_jax import mesh as mesh_lib
-from tl_jax.config import call
 from tl_jax.errors import UserError
 from tl_jax.experiment import Experiment, build
 from tl_jax.objectives import started
@@ -99,7 +98,7 @@ def ranged(rules: Sequence[tuple[str, Any]], low: float, high: float) -> list[tu
 def losses_of(experiment: Experiment) -> list[float]:
     """The loss of each step of the only stage, up to where it explodes."""
     config, stage = experiment.config, experiment.stages[0]
-    mesh = call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
+    mesh = mesh_lib.mesh_from(config, 'batch_size')
     layout = layouts(experiment, mesh)(0)
 
     def enter(state: TrainState) -> TrainState:

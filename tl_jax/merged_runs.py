@@ -190,7 +190,7 @@ def judge_of(config: Mapping[str, Any], module: Any) -> Judge:
     def predict(variables, batch):
         return module.apply(variables, inputs_of(batch), train=False)
 
-    mesh = call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
+    mesh = mesh_lib.mesh_from(config, 'eval_batch_size')
     selection = selection_from(by, list(data.eval), list(data.test))
     return Judge(module, data, selection, mesh, evaluate_lib.create_eval_step(predict))
 

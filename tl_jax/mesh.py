@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tl_jax import trees
+from tl_jax.config import call
 from tl_jax.errors import UserError
 
 AXES = ('data', 'model')
@@ -40,6 +41,27 @@ def create_mesh(*, data: int = -1, model: int = 1) -> Mesh:
             f'config.mesh: data={data} × model={model} needs {data * model} devices; {len(devices)} are here'
         )
     return Mesh(np.asarray(devices[: data * model]).reshape(data, model), AXES)
+
+
+def mesh_from(config: Mapping[str, Any], *sizes: str) -> Mesh:
+    """The mesh of a resolved config.
+
+    Args:
+      config: resolved.
+      sizes: its fields that say how many examples are in the batches that the mesh is to split.
+
+    Raises:
+      UserError: there are not so many devices, or they cannot share such a batch equally.
+    """
+    mesh = call(create_mesh, config['mesh'], 'config.mesh')
+    parts = mesh.shape['data']
+    for field in sizes:
+        size = config[field]
+        if size < 1 or size % parts:
+            raise UserError(
+                f'config.{field}: {size} examples cannot be split over {parts} devices; choose a multiple of {parts}'
+            )
+    return mesh
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -129,13 +151,6 @@ def to_host(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def check_batch_size(size: int, mesh: Mesh, field: str) -> None:
-    """Refuses a batch that the devices cannot share equally."""
-    parts = mesh.shape['data']
-    if size < 1 or size % parts:
-        raise UserError(f'{field}: {size} examples cannot be split over {parts} devices; choose a multiple of {parts}')
 
 
 def preempted(requested: bool, step: int) -> bool:

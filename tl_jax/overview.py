@@ -7,7 +7,6 @@ import jax
 
 from tl_jax import mesh as mesh_lib
 from tl_jax import trees
-from tl_jax.config import call
 from tl_jax.experiment import Experiment, Stage, build, bytes_of, parameter_count
 from tl_jax.objectives import Objective, phases_of
 from tl_jax.state import Layout
@@ -16,8 +15,8 @@ from tl_jax.step import layouts, progress
 
 def describe(config: Mapping[str, Any]) -> str:
     """Returns the dry run's text for a resolved config; reads the data's index, but no weights, and trains nothing."""
+    mesh = mesh_lib.mesh_from(config, 'batch_size', 'eval_batch_size')
     experiment = build(config)
-    mesh = call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
     layout_of = layouts(experiment, mesh)
     stages = [layout_of(number) for number in range(len(experiment.stages))]
     lines = [*_data(experiment), '', *_parameters(experiment, stages)]

@@ -181,7 +181,7 @@ def probe(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     workdir_lib.holds_run(workdir, config)
     experiment = build(config)
     split = _held_out(config, experiment, protocol)
-    mesh = call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
+    mesh = mesh_lib.mesh_from(config, 'eval_batch_size')
     state = initial_state(experiment, mesh)
     head = state.params.get('head', {})
     if set(head) != {'kernel', 'bias'}:

@@ -16,7 +16,7 @@ from tl_jax import mesh as mesh_lib
 from tl_jax import trees
 from tl_jax import workdir as workdir_lib
 from tl_jax.checkpoint import Checkpoints, Place
-from tl_jax.config import call, resolve
+from tl_jax.config import resolve
 from tl_jax.evaluate import create_eval_step
 from tl_jax.experiment import Experiment, build, bytes_of, inherited, parameter_count
 from tl_jax.features import with_features
@@ -48,9 +48,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
     """
     config, workdir, about = resolve(config), Path(workdir), workdir_lib.environment()
     start = time.perf_counter()
-    mesh = call(mesh_lib.create_mesh, config['mesh'], 'config.mesh')
-    for field in ('batch_size', 'eval_batch_size'):
-        mesh_lib.check_batch_size(config[field], mesh, f'config.{field}')
+    mesh = mesh_lib.mesh_from(config, 'batch_size', 'eval_batch_size')
     experiment = build(config)
     records = workdir_lib.read_records(workdir / workdir_lib.METRICS)
     layout_of = layouts(experiment, mesh, records)
