@@ -1,11 +1,14 @@
 """The range test: rates in their ratios, suggestions read from a known curve, and a whole run of it."""
 
 import json
+import os
 
+import jax
 import numpy as np
 import pytest
 
 from tl_jax import config as config_lib
+from tl_jax import lr_range as lr_range_lib
 from tl_jax.errors import UserError
 from tl_jax.lr_range import SMOOTHING, judged, lr_range, ranged
 from tl_jax.optimizers import create_schedule
@@ -32,6 +35,17 @@ def test_suggestions_of_a_known_curve():
     assert 1e-2 <= found.steepest <= 1e-2 * late and 0.1 <= found.tenth <= 0.1 * late
     biased = sum((1 - SMOOTHING) * SMOOTHING ** (9 - i) * losses[i] for i in range(10)) / (1 - SMOOTHING**10)
     assert found.smooth[9] == pytest.approx(biased)
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_its_files_are_the_first_processs_and_appear_whole(digits_config, tmp_path, monkeypatch, process):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, 'replace', lambda start, end: moved.append(end.name) or replace(start, end))
+    monkeypatch.setattr(lr_range_lib, 'losses_of', lambda experiment: [2.0, 1.0, 0.5, 3.0])
+    monkeypatch.setattr(jax, 'process_index', lambda: process)
+    lr_range(config_lib.resolve(digits_config(model={'name': 'mlp', 'dense': [16]})), tmp_path / 'run')
+    assert moved == (['lr_range.json', 'lr_range.png'] if process == 0 else [])
+    assert (tmp_path / 'run').exists() == (process == 0)
 
 
 def test_a_run_of_it_leaves_two_files_and_no_more(digits_config, tmp_path):

@@ -1,5 +1,6 @@
 """The learning-rate range test (Smith 2015, arXiv:1506.01186, sec. 3.3): one short run whose rate grows from step to step."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from tl_jax.objectives import started
 from tl_jax.state import TrainState, enter_stage, variables_of, with_variables
 from tl_jax.step import create_train_step, layouts
 from tl_jax.train import initial_state
-from tl_jax.workdir import write_json
+from tl_jax.workdir import write_atomically, write_json
 
 SMOOTHING = 0.98
 DIVERGED = 4.0  # times the lowest loss
@@ -71,8 +72,9 @@ def lr_range(
     rates = np.array([low * (high / low) ** (step / steps) for step in range(steps)])
     losses = np.array(losses_of(experiment))
     found = judged(rates[: len(losses)], losses)
-    write_json(workdir / 'lr_range.json', {k: np.asarray(v).tolist() for k, v in found._asdict().items()})
-    draw(found, workdir / 'lr_range.png')
+    if jax.process_index() == 0:
+        write_json(workdir / 'lr_range.json', {k: np.asarray(v).tolist() for k, v in found._asdict().items()})
+        write_atomically(workdir / 'lr_range.png', drawn(found))
     return found
 
 
@@ -145,8 +147,8 @@ def judged(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
     return RangeTest(rates, losses, smooth, float(rates[fall][np.argmin(slope)]), float(rates[lowest] / 10))
 
 
-def draw(found: RangeTest, path: Path) -> None:
-    """The loss by the rate, with both suggestions."""
+def drawn(found: RangeTest) -> bytes:
+    """The loss by the rate, with both suggestions, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -159,5 +161,6 @@ def draw(found: RangeTest, path: Path) -> None:
     low, high = min(found.smooth), found.smooth[0]
     axes.set(xlabel='learning rate', ylabel='training loss', ylim=(low - 0.1 * abs(high - low), 1.5 * high))
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()
