@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +126,71 @@ def test_dry_run_says_what_would_be_trained_and_writes_nothing(config_file, tmp_
     assert row.split()[2] == 'float32' and row.split()[-1] == 'adam'
     assert next(line for line in done.stdout.splitlines() if line.startswith('backbone/')).split()[-1] == 'frozen'
     assert '28 examples' in done.stdout and 'optimizer state' in done.stdout
+
+
+# The first process takes its time over the summary; each says which of the sweep's files it put in place.
+PROCESS = """
+import os, sys, time
+from pathlib import Path
+import jax
+jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
+from tl_jax import jobs, train, workdir
+write_json, replace, trained = workdir.write_json, os.replace, train.train_and_evaluate
+
+def slowly(path, value):
+    time.sleep(2 * (path.name == 'summary.json'))
+    write_json(path, value)
+
+def whole(config, run):
+    trained(config, run)
+    print('finished', (Path(run) / 'summary.json').exists())
+
+def moved(start, end):
+    replace(start, end)
+    print('wrote', Path(end).name)
+
+workdir.write_json, train.train_and_evaluate, os.replace = slowly, whole, moved
+jobs.JOBS['sweep']({{'config': {config!r}, 'workdir': {sweep!r}}}, [])
+"""
+DIGITS = """
+def get_config(arg='full'):
+    import ml_collections
+    c = ml_collections.ConfigDict()
+    c.model = dict(name='mlp', dense=[4])
+    c.data = dict(train='sklearn:digits/train[:64]', eval='sklearn:digits/val[:32]', eval_transform=['to_float'],
+                  train_transform=['to_float'])
+    c.stages = [dict(name=arg, steps=1, train=[('.*', dict(name='sgd', lr=1e-2))])]
+    return c
+
+def sweep():
+    yield 'full', dict(seed=0)
+"""
+
+
+def test_of_several_processes_the_first_alone_reads_and_writes_a_sweep(tmp_path):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        address = f'localhost:{free.getsockname()[1]}'
+    config, program = tmp_path / 'config.py', tmp_path / 'process.py'
+    config.write_text(DIGITS)
+    program.write_text(PROCESS.format(address=address, config=str(config), sweep=str(tmp_path / 'sweep')))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(number)], env={**os.environ, 'PYTHONPATH': str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    try:
+        first, second = (process.communicate(timeout=300)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert 'finished True' in first and 'finished True' in second
+    for name in ('summary.json', 'table.md', 'table.json', 'report.html'):
+        assert f'wrote {name}' in first and f'wrote {name}' not in second
+    assert '[1/1] full seed 0' in first and 'full seed 0' not in second
 
 
 def test_sweep_compares_and_resumes(config_file, tmp_path):

@@ -121,14 +121,16 @@ def run_sweep(flags: Flags, assignments: Sequence[str]) -> None:
         if (run / 'summary.json').exists() and workdir_lib.holds_run(run, config):
             continue
         train.train_and_evaluate(config, run)
-        metrics = workdir_lib.read_json(run / 'summary.json')['metrics']
-        figures = '  '.join(
-            f'{k} {v:.4f}' for k, v in metrics.items() if k.endswith('accuracy') and 'balanced' not in k
-        )
-        say(f'[{number + 1}/{len(variants)}] {variant} seed {config["seed"]}: {figures}')
-    page = report.write_sweep_report(workdir)
-    say((workdir / 'table.md').read_text())
-    say(f'{len(variants)} runs in {time.perf_counter() - started:.0f} s; report: {page}')
+        if jax.process_index() == 0:
+            metrics = workdir_lib.read_json(run / 'summary.json')['metrics']
+            figures = '  '.join(
+                f'{k} {v:.4f}' for k, v in metrics.items() if k.endswith('accuracy') and 'balanced' not in k
+            )
+            say(f'[{number + 1}/{len(variants)}] {variant} seed {config["seed"]}: {figures}')
+    if jax.process_index() == 0:
+        page = report.write_sweep_report(workdir)
+        say((workdir / 'table.md').read_text())
+        say(f'{len(variants)} runs in {time.perf_counter() - started:.0f} s; report: {page}')
 
 
 def run_merge(flags: Flags, assignments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from tl_jax import data as data_lib
 from tl_jax import mesh as mesh_lib
@@ -94,6 +95,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | Path) -> TrainS
         summary = {'steps': steps, **figures, 'seconds': seconds(), **about}
         if jax.process_index() == 0:
             workdir_lib.write_json(workdir / 'summary.json', summary)
+        if jax.process_count() > 1:  # where one has returned, the others find the run finished
+            multihost_utils.sync_global_devices('summary.json')
     return state
 
 
