@@ -181,6 +181,16 @@ def test_merged_runs_are_runs(runs, tmp_path, capsys):
     assert max(scores.values()) >= scores[summary['merge']['method']]
 
 
+def test_another_merges_workdir_is_refused(runs, tmp_path):
+    folder, _ = merge(runs, tmp_path, 'task_arithmetic(scale=0.5)', start=str(runs / 'start'))
+    first = (folder / 'summary.json').read_bytes()
+    for method, start in (('task_arithmetic(scale=0.1)', 'start'), ('task_arithmetic(scale=0.5)', 'tuned1')):
+        with pytest.raises(UserError, match=r'--workdir: .*merged holds another merge'):
+            merge(runs, tmp_path, method, start=str(runs / start))
+    assert (folder / 'summary.json').read_bytes() == first
+    merge(runs, tmp_path, 'task_arithmetic(scale=0.5)', start=str(runs / 'start'))  # the same one may be made again
+
+
 def test_a_greedy_soup_is_no_worse_than_its_best(runs, tmp_path):
     _, summary = merge(runs, tmp_path, 'greedy_soup')
     scores = summary['merge']['candidates']

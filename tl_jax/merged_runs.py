@@ -110,6 +110,11 @@ def merge_runs(
         raise UserError(f'--start: {name} has no use for it; leave it out')
     config = {**config, 'name': f'{config["name"] or folders[0]}, {name} of {len(folders)}'}
     workdir_lib.holds_run(workdir, config)
+    asked = {'method': method, 'files': [str(folder) for folder in folders], 'start': start and str(start)}
+    # The config that is stored is of the first run, and the same for many a merge.
+    stored = workdir / 'summary.json'
+    if stored.exists() and workdir_lib.read_json(stored).get('merge', {}).get('asked') != asked:
+        raise UserError(f'--workdir: {workdir} holds another merge; name another directory or delete it')
     files = {str(folder): opened(folder) for folder in (*folders, *([start] if start else []))}
     loaded = {str(folder): network(folder) for folder in folders}
     networks = {folder: variables for folder, (_, variables) in loaded.items()}
@@ -132,6 +137,7 @@ def merge_runs(
         'metrics': judge.figures(best.variables, judge.data.splits),
         'parameters': {'total': parameter_count(best.variables['params']), 'trainable': [], 'bytes_optimizer': []},
         'merge': {
+            'asked': asked,
             'method': best.name,
             'files': list(networks),
             'kept': [list(networks)[i] for i in kept],
