@@ -103,15 +103,6 @@ def test_every_origin_reads_back_also_with_other_windows(tmp_path, origin):
     )
 
 
-def test_drop_path_only_in_training():
-    module, variables = drawn(**SINGLE, drop_path=0.5)
-    image = jnp.ones((2, 16, 16, 3))
-    evaluated = jax.jit(module.apply)(variables, image)['features']
-    rngs = {'dropout': jax.random.key(0)}
-    trained = jax.jit(lambda v, x: module.apply(v, x, train=True, rngs=rngs))(variables, image)['features']
-    assert not np.allclose(evaluated, trained)
-
-
 def test_config_json():
     fields = maps.family_of(create_model('swin_t').backbone).fields
     given = fields(
