@@ -1,6 +1,7 @@
 """What holds for every method of ADAPTERS on every tiny network that it suits; a new method joins by its line in the table."""
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ NETWORKS = {
 }
 CONV_TARGETS = 'backbone/conv2'  # the first one has a single channel, which nothing can rotate
 ADAM = dict(name='adam', lr=3e-2)
+DROPPING = [name for name, make in ADAPTERS.items() if 'dropout' in inspect.signature(make).parameters]
 
 
 class Case(NamedTuple):
@@ -75,10 +77,10 @@ def shaken(tree: Any, seed: int, scale: float) -> Any:
 
 
 @functools.cache
-def case_of(method: str, network: str) -> Case | str:
+def case_of(method: str, network: str, **changes: Any) -> Case | str:
     """The case, or why the method does not suit the network."""
     base, family, inputs = plain_network(network)
-    fields = dict(FIELDS.get(method, {}))
+    fields = {**FIELDS.get(method, {}), **changes}
     adapter = ADAPTERS[method](**fields)
     if network == 'conv' and adapter.targets is None:
         fields['targets'] = CONV_TARGETS
@@ -155,6 +157,40 @@ def test_merged_is_unmerged(case):
         np.testing.assert_allclose(again[path], leaf, rtol=0, atol=room)
         changed += not np.array_equal(between[path], leaf)
     assert changed, 'merging changed nothing'
+
+
+@pytest.mark.parametrize('method', DROPPING)
+def test_dropout_in_training_alone(method):
+    """It keeps the mean of what it drops from, and follows `train`, not the key: the cache of features gives one in either."""
+    rate, draws = 0.3, 1000
+    network = next(name for name in NETWORKS if not isinstance(case_of(method, name), str))
+    case, plain = case_of(method, network, dropout=rate), case_of(method, network)
+    ((name, (adapter, targets)),) = case.adapters.items()
+
+    def run(key, train):
+        seen = []
+
+        def record(parts, call, site):
+            def drop(rate, x):
+                seen.append((x, call.drop(rate, x)))
+                return seen[-1][1]
+
+            return adapter.call(parts, call._replace(drop=drop), site)
+
+        model = adapted(case.base, {name: (adapter._replace(call=record), targets)})
+        outputs, _ = model.apply(case.moved, case.inputs, train=train, mutable=['batch_stats'], rngs={'dropout': key})
+        return outputs['logits'], seen[0]  # what later ones drop from depends on what the first one dropped
+
+    logits, (x, same) = run(jax.random.key(0), train=False)
+    np.testing.assert_array_equal(logits, plain.logits)
+    np.testing.assert_array_equal(same, x)
+    keys = jax.random.split(jax.random.key(1), draws)
+    logits, (_, dropped) = jax.jit(jax.vmap(lambda key: run(key, train=True)))(keys)
+    assert off_by(np.asarray(logits[0]), plain.logits) > 1e-4
+    dropped = np.asarray(dropped)
+    np.testing.assert_allclose(dropped, np.where(dropped, x / (1 - rate), 0), rtol=1e-5, atol=1e-6)
+    error = np.abs(x) * np.sqrt(rate / (1 - rate) / draws)
+    assert (np.abs(dropped.mean(0) - x) <= 5 * error + 1e-6).all()
 
 
 def test_any_order_of_leaves(case):

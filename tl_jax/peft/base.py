@@ -230,7 +230,8 @@ def adapted(model: Model, adapters: Mapping[str, tuple[Adapter, str]], *, active
                 surrounding.append((adapter.around, mine))
 
         def run(inputs):
-            with nn.intercept_methods(_interceptor(entering, network['params'])):
+            train = options.get('train', False)
+            with nn.intercept_methods(_interceptor(entering, network['params'], train)):
                 outputs = model.apply(network, inputs, **options)
             if not options.get('mutable'):
                 return outputs
@@ -340,8 +341,8 @@ def _refuse_reparametrized(adapter: Adapter, sites: Sequence[Site], field: str) 
             )
 
 
-def _interceptor(entering: Mapping[str, list], params: Any) -> Callable:
-    """Runs each module in `entering` with its adapters around it, the first the innermost."""
+def _interceptor(entering: Mapping[str, list], params: Any, train: bool) -> Callable:
+    """Runs each module in `entering` with its adapters around it, the first the innermost; `train` is the whole network's."""
 
     def intercept(run, args, kwargs, context):
         chain = entering.get('/'.join(context.module.path)) if context.method_name == '__call__' else None
@@ -349,7 +350,7 @@ def _interceptor(entering: Mapping[str, list], params: Any) -> Callable:
             return run(*args, **kwargs)
 
         def drop(rate, x):
-            if not rate or not context.module.has_rng('dropout'):
+            if not rate or not train:
                 return x
             keep = jax.random.bernoulli(context.module.make_rng('dropout'), 1 - rate, x.shape)
             return jnp.where(keep, x / (1 - rate), 0)
