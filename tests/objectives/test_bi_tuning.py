@@ -1,4 +1,4 @@
-"""Bi-tuning: its two contrasts, its queue and its key encoder."""
+"""Bi-tuning: its two contrasts, its queue and its key encoder, and the loss as a whole."""
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,73 @@ from tl_jax import config as config_lib
 from tl_jax import experiment as experiment_lib
 from tl_jax import train
 from tl_jax.errors import UserError
-from tl_jax.objectives import started
-from tl_jax.objectives.bi_tuning import class_vectors, contrast, enqueued
+from tl_jax.objectives import Model, started, supervised
+from tl_jax.objectives.bi_tuning import bi_tuning, class_vectors, contrast, enqueued
+
+
+def contrast_of(anchors, own, queue, label, temperature):
+    """Eq. 3 and 6, one example after the other."""
+    rows = []
+    for i, y in enumerate(label):
+        keys = np.concatenate([own[i : i + 1], queue[y], *(queue[c] for c in range(len(queue)) if c != y)])
+        scores = keys @ anchors[i] / temperature
+        log_p = scores - np.log(np.sum(np.exp(scores - scores.max()))) - scores.max()
+        rows.append(-log_p[: 1 + queue.shape[1]].mean())
+    return np.mean(rows)
 
 
 def test_contrast_in_float64():
     draw = np.random.RandomState(0)
     anchors, own, queue = draw.normal(size=(4, 5)), draw.normal(size=(4, 5)), draw.normal(size=(3, 6, 5))
     label = np.array([0, 2, 1, 2])
-    rows = []
-    for i, y in enumerate(label):
-        keys = np.concatenate([own[i : i + 1], queue[y], *(queue[c] for c in range(3) if c != y)])
-        scores = keys @ anchors[i] / 0.3
-        log_p = scores - np.log(np.sum(np.exp(scores - scores.max()))) - scores.max()
-        rows.append(-log_p[:7].mean())
     got = contrast(*(jnp.asarray(x, jnp.float32) for x in (anchors, own, queue)), jnp.asarray(label), 0.3)
-    assert float(got) == pytest.approx(np.mean(rows), rel=1e-5)
+    assert float(got) == pytest.approx(contrast_of(anchors, own, queue, label, 0.3), rel=1e-5)
+
+
+def test_whole_loss_in_float64():
+    """CE + weight · (CCE + CCL) on a linear network with a key encoder apart from it."""
+    draw, weight, momentum, temperature = np.random.RandomState(0), 0.7, 0.6, 0.3
+    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    layer = lambda rows, columns: {'kernel': normal(rows, columns), 'bias': normal(columns)}
+    linear = lambda x, p: x @ p['kernel'] + p['bias']
+
+    def apply(variables, inputs, train, mutable=(), rngs=None):
+        features = linear(inputs, variables['params']['backbone'])
+        return {'features': features, 'logits': linear(features, variables['params']['head'])}, {}
+
+    model = Model(None, apply)
+    fields = dict(weight=weight, momentum=momentum, temperature=temperature, keys=2, dim=3, view={})
+    objective = bi_tuning(supervised(model, num_classes=3), model=model, num_classes=3, **fields)
+    params = {'backbone': layer(6, 4), 'head': layer(4, 3), 'projector': layer(4, 3)}
+    encoder = {'backbone': layer(6, 4), 'projector': layer(4, 3)}
+    queue = {'features': unit(normal(3, 2, 5)), 'projections': unit(normal(3, 2, 3)), 'place': np.zeros(3, np.int32)}
+    held = {'queue': queue, 'encoder': {'params': encoder}}
+    image, label = normal(5, 6), np.array([0, 2, 1, 2, 0])
+    batch = {'train': {'image': image, 'label': label}}
+    value, aux = jax.jit(objective.loss)({'params': params, 'bi_tuning': held}, batch, jax.random.key(0))
+
+    params, encoder, queue = jax.tree.map(lambda x: x.astype(np.float64), (params, encoder, queue))
+    network = {name: params[name] for name in encoder}
+    encoder = jax.tree.map(lambda mine, theirs: momentum * mine + (1 - momentum) * theirs, encoder, network)
+    features, keys = (linear(image, tree['backbone']) for tree in (params, encoder))
+    logits = linear(features, params['head'])
+    cross_entropy = np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(5), label])
+    extended = lambda x: unit(np.concatenate([x, np.ones((len(x), 1))], 1))
+    w = unit(np.concatenate([params['head']['kernel'], params['head']['bias'][None]]).T)[label]
+    z, key_z = unit(linear(features, params['projector'])), unit(linear(keys, encoder['projector']))
+    at_classes = contrast_of(w, extended(features), queue['features'], label, temperature)
+    at_projections = contrast_of(z, key_z, queue['projections'], label, temperature)
+    assert float(value) == pytest.approx(cross_entropy + weight * (at_classes + at_projections), rel=1e-5)
+
+    after = aux.collections['bi_tuning']
+    for name, found in (('features', extended(keys)), ('projections', key_z)):
+        np.testing.assert_allclose(after['queue'][name][2], found[label == 2], rtol=1e-5, atol=1e-6)
+    jax.tree.map(
+        lambda ours, wanted: np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6),
+        after['encoder'],
+        {'params': encoder},
+    )
 
 
 def test_the_queue_holds_the_newest_of_each_class():
