@@ -18,8 +18,8 @@ The data, once, where `datasets` is installed, as run_glue.py there reads them:
 The weights and the tokenizer are the hub's FacebookAI/roberta-base. Its pooler is the dense layer of the classifier and
 starts anew with it; the dropout that the authors' classifier has ahead of that layer is left out. `full` has the batches and
 epochs of Liu et al. 2019 (arXiv:1907.11692, [mem]); the table chooses its rate among their three. `bitfit` (rate and epochs
-of benzakenelad/BitFit) and `houlsby` (rate of google-research/adapter-bert for MRPC) are BERT's settings, of which no
-figures for RoBERTa are at hand.
+of benzakenelad/BitFit) and `houlsby` (rate of google-research/adapter-bert for MRPC, which trains the norms as well) are
+BERT's settings, of which no figures for RoBERTa are at hand.
 """
 
 from collections.abc import Iterator
@@ -92,7 +92,8 @@ def rules(method: str, adamw: dict[str, Any]) -> list:
         return [('.*/(bias|scale)', adamw), ('.*', decayed)]
     if method == 'bitfit':
         return [('backbone/(.*/)?bias', adamw), (f'head/.*|{FRESH}', adamw)]
-    return [('(head|backbone/pooler)/bias', adamw), (f'(adapters|head)/.*|{FRESH}', decayed)]
+    norms = [(r'backbone/(.*/)?norm\d*/(bias|scale)', adamw)] if method == 'houlsby' else []
+    return [*norms, ('(head|backbone/pooler)/bias', adamw), (f'(adapters|head)/.*|{FRESH}', decayed)]
 
 
 def get_config(arg: str = 'cola,lora') -> ml_collections.ConfigDict:

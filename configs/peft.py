@@ -8,8 +8,9 @@
 Besides the methods of `tl_jax.peft.ADAPTERS`: `lora_plus` (two learning rates), `qlora` and `lora_int8` (the encoder in four
 and eight bits), `lora_embedding` (LoRA on the table of words, too). `digits` has those that change convolutions. Prompts among
 patches need a vision transformer, of which no weights are at hand: `mnist,vit` makes a small one, which `usps,vpt`,
-`usps,vpt_shallow` and, beside them, `usps,probe` and `usps,full` take to 500 digits of USPS. Rates are guesses, not tuned.
-Texts, MNIST and USPS are read from ../shared/data; the other digits and both networks come with the project.
+`usps,vpt_shallow` and, beside them, `usps,probe` and `usps,full` take to 500 digits of USPS. Rates are guesses, not tuned;
+`houlsby` leaves the norms frozen, which its paper trains. Texts, MNIST and USPS are read from ../shared/data; the other digits
+and both networks come with the project.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,8 @@ Matthews' correlation, `mcc`) and two of pairs: MRPC (do both say the same?) and
 training texts, or the set's own validation file, chooses the checkpoint; SST-2, CoLA and RTE are judged on GLUE's development
 set, whose test labels are not public, MR and SUBJ on a fifth held out by the copy at hand, TREC and MRPC on their test sets;
 which parts of their texts the encoder has seen, its card says. `scratch` has the same network and words without what it
-learnt. The rates are guesses, not tuned. Reads ../shared/data/text.tar.xz.
+learnt. The rates are guesses, not tuned; `adapters` leaves the norms frozen, which Houlsby et al. train. Reads
+../shared/data/text.tar.xz.
 """
 
 from collections.abc import Iterator

@@ -16,6 +16,8 @@ from tl_jax import data as data_lib
 from tl_jax import experiment as experiment_lib
 from tl_jax import mesh as mesh_lib
 from tl_jax.data import sources
+from tl_jax.models import create_model
+from tl_jax.optimizers import create_partition
 from tl_jax.step import create_train_step, layouts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,3 +183,16 @@ def test_config_by_shape(path, variant, monkeypatch):
         )
         losses = [value for name, value in metrics.items() if name.endswith('/loss')]
         assert losses and all(value.shape == () for value in losses)
+
+
+def test_glue_trains_the_norms_with_bottlenecks():
+    module = create_model('bert_tiny', num_classes=2, depth=1, pool='pooler')
+    params = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 4), np.int32))['params']
+    norms = {
+        f'backbone/{name}/{leaf}' for name in ('norm', 'block1/norm1', 'block1/norm2') for leaf in ('scale', 'bias')
+    }
+    for method, wanted in (('houlsby', norms), ('lora', set())):
+        (stage,) = config_lib.load(f'{ROOT}/configs/glue.py:cola,{method}').to_dict()['stages']
+        leaves = {**params, 'adapters': {'up': np.zeros(2)}}
+        partition = create_partition(stage['train'], leaves, steps=stage['steps'])
+        assert {path for path in partition.trainable if 'norm' in path} == wanted

@@ -24,6 +24,9 @@ def houlsby(*, width: int = 64, activation: str = 'gelu', dropout: float = 0.0, 
 
     y ← y + σ(y W_down + b_down) W_up + b_up
 
+    The paper trains the layer norms with them, anew for each task; here a rule of the stage does, as in configs/glue.py. In
+    its code (google-research/adapter-bert, optimization.py) that is every norm, the embeddings' too, without weight decay.
+
     Args:
       width: m of the bottleneck, columns of W_down.
       activation: σ, of `transformer.ACTIVATIONS`.
