@@ -107,8 +107,8 @@ def export_adapters(workdir: Path, folder: Path) -> list[str]:
     if not acting:
         raise UserError(f'{workdir}: none of its adapters is active; export its base')
     own = [name for name in contents.tensors if not re.fullmatch(ON_FILE, name)]
-    source = about['base']['source'].removeprefix('hf://')
-    return save_peft(folder, acting, variables_of(path), own, _module(about).backbone, base=source)
+    base = dict(base=about['base']['source'].removeprefix('hf://'), sha256=about['base']['sha256'])
+    return save_peft(folder, acting, variables_of(path), own, _module(about).backbone, **base)
 
 
 def _active(section: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from tl_jax import finished, pretrained
 from tl_jax.errors import UserError
 from tl_jax.jobs import run_eval, run_export
 from tl_jax.models import create_model
+from tl_jax.networks import model_from
 from tl_jax.pretrained import based
 from tl_jax.train import train_and_evaluate
 from tl_jax.trees import flatten
@@ -220,6 +221,31 @@ def test_export_as_a_folder_of_peft_and_train_from_it(run, base, tmp_path):
     # The file stands for itself: the folder may go.
     shutil.rmtree(tmp_path / 'adapter')
     finished.trained(tmp_path / 'run')
+
+
+def test_a_folder_of_peft_over_another_base(run, base, tmp_path):
+    run_export({'workdir': str(run[0]), 'origin': 'peft', 'output': str(tmp_path / 'adapter')}, [])
+    file = tmp_path / 'adapter' / 'adapter_model.safetensors'
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()
+    with safetensors.safe_open(file, 'numpy') as opened:
+        assert opened.metadata() == {'format': 'pt', 'base_sha256': digest}
+    tensors = safetensors.numpy.load_file(base)
+    tensors['params/backbone/norm/scale'] += 1
+    safetensors.numpy.save_file(tensors, tmp_path / 'other.safetensors')
+    other = hashlib.sha256((tmp_path / 'other.safetensors').read_bytes()).hexdigest()
+
+    def begin(source):
+        section = dict(VIT, source=str(source), fresh=['head/.*'], peft=str(tmp_path / 'adapter'))
+        model = model_from(**section, classes=10, dtype=np.float32, load=True)
+        return model.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+
+    begin(run[0] / 'model.safetensors')  # over the same base
+    with pytest.raises(UserError, match=f'{file}: an adapter of another base.*{digest[:12]}.*{other[:12]}') as raised:
+        begin(tmp_path / 'other.safetensors')
+    assert '\n' not in str(raised.value)
+    # Those of other hands do not say.
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, {'format': 'pt'})
+    begin(tmp_path / 'other.safetensors')
 
 
 def test_a_run_without_adapters_or_base_has_no_folder(tmp_path):

@@ -19,7 +19,7 @@ from tl_jax.errors import UserError
 from tl_jax.objectives.base import Model
 from tl_jax.peft import adapters_from
 from tl_jax.peft.base import CONSTANTS, ROLE, adapted
-from tl_jax.peft.huggingface import load_peft
+from tl_jax.peft.huggingface import check_base, load_peft
 from tl_jax.peft.quantized import KERNELS, held, restored
 from tl_jax.trees import flatten, unflatten
 
@@ -37,9 +37,8 @@ def sections(peft: Peft, backbone: nn.Module) -> tuple[dict[str, Any], dict[str,
     Returns:
       `{adapter: section}`, and `{path: array}`, collection included.
     """
-    named = {'default': peft} if isinstance(peft, str) or isinstance(peft.get('name'), str) else peft
     found, leaves = {}, {}
-    for name, section in named.items():
+    for name, section in _named(peft).items():
         if isinstance(section, str):
             imported = load_peft(section, backbone, name=name)
             found |= imported.adapters
@@ -102,6 +101,9 @@ def model_with(
         variables = model.init(key, inputs)
         if not loading or not load:
             return variables
+        for section in _named(peft).values():
+            if isinstance(section, str):
+                check_base(section, loading['source'])
         rules = dict(loading)
         if on_file:
             rules |= {'ignore': [*rules['ignore'], ON_FILE], 'fresh': _matching(rules['fresh'], flatten(variables))}
@@ -177,6 +179,11 @@ def refuse_adapters(source: str) -> None:
             f'config.model.source: {source} has adapters; add model.peft={peft!r}, or merge them into a file of their own '
             'with --mode=export --merge'
         )
+
+
+def _named(peft: Peft) -> Mapping[str, Any]:
+    """`{adapter: section, or path of a folder}`."""
+    return {'default': peft} if isinstance(peft, str) or isinstance(peft.get('name'), str) else peft
 
 
 def _matching(rules: Sequence[str], paths: Iterable[str]) -> list[str]:

@@ -5,7 +5,7 @@
 
 Modules are found by the name maps of pretrained weights, and written as transformers calls them in memory since version 5.
 A module that holds several of ours side by side (GPT-2's `c_attn`) is read into each of them; those are written as one
-adapter of their joint rank, which computes the same.
+adapter of their joint rank, which computes the same. The metadata of a folder of ours say the sha256 of its base's weights.
 """
 
 import json
@@ -21,7 +21,7 @@ from tl_jax.peft import huggingface_layers, huggingface_prompts
 from tl_jax.peft.base import ROLE
 from tl_jax.peft.huggingface_layers import Method, Part, Place
 from tl_jax.peft.huggingface_prompts import PROMPT
-from tl_jax.pretrained import maps, names, read, strict_json
+from tl_jax.pretrained import maps, names, read, root_of, strict_json
 from tl_jax.pretrained.export import foreign_tensors
 from tl_jax.pretrained.names import NameMap
 from tl_jax.pretrained.safetensors_file import save_tensors
@@ -34,6 +34,7 @@ WEIGHTS = ('adapter_model.safetensors', 'adapter_model.bin')
 MAX_CONFIG_BYTES = 1_000_000
 WHOLE = 'base_model.model.'
 BASE = '.base_layer.'
+BASE_SHA256 = 'base_sha256'
 # `peft_type` -> how it is read and written.
 METHODS: dict[str, Method] = huggingface_layers.METHODS | huggingface_prompts.METHODS
 
@@ -83,6 +84,20 @@ def load_peft(source: str, backbone: nn.Module, *, name: str = 'default') -> Imp
     return Imported(sections, flat | _plain_leaves(plain, name_map, folder))
 
 
+def check_base(source: str, below: str) -> None:
+    """Refuses a folder that says of which base it is, where the weights `below` are, or are completed by, another one."""
+    path = _weights(fetched(source))
+    wanted = read(path).metadata.get(BASE_SHA256)
+    if wanted is None:
+        return
+    base, _ = root_of(below, (), ())
+    if base.sha256 != wanted:
+        raise UserError(
+            f'{path}: an adapter of another base: it belongs to one of sha256 {wanted[:12]!r}, and {base.source} has '
+            f'{base.sha256[:12]!r}; name the former as config.model.source'
+        )
+
+
 def save_peft(
     folder: Path,
     adapters: Mapping[str, Mapping[str, Any]],
@@ -91,6 +106,7 @@ def save_peft(
     backbone: nn.Module,
     *,
     base: str = '',
+    sha256: str = '',
 ) -> list[str]:
     """Writes a network's adapters so that `PeftModel.from_pretrained` loads them.
 
@@ -101,6 +117,7 @@ def save_peft(
       trained: paths of the network's own leaves that are not the base's; their modules are saved whole.
       backbone: the network's.
       base: name or path of the base model, for `base_model_name_or_path`.
+      sha256: of its weights, for `check_base`.
 
     Returns:
       The names of the tensors.
@@ -136,7 +153,8 @@ def save_peft(
     # A network with a prompt is peft's own, whose names have no further `model.`; the prompt has none at all.
     prefix = WHOLE if targets else 'base_model.'
     stored = {tensor if tensor == PROMPT else prefix + tensor: array for tensor, array in (tensors | plain).items()}
-    save_tensors(folder / WEIGHTS[0], stored, {'format': 'pt'})
+    of_base = {BASE_SHA256: sha256} if sha256 else {}
+    save_tensors(folder / WEIGHTS[0], stored, {'format': 'pt', **of_base})
     write_atomically(folder / CONFIG, json.dumps(common | config, indent=2, sort_keys=True) + '\n')
     return list(stored)
 
