@@ -77,10 +77,10 @@ def shaken(tree: Any, seed: int, scale: float) -> Any:
 
 
 @functools.cache
-def case_of(method: str, network: str, **changes: Any) -> Case | str:
+def case_of(method: str, network: str) -> Case | str:
     """The case, or why the method does not suit the network."""
     base, family, inputs = plain_network(network)
-    fields = {**FIELDS.get(method, {}), **changes}
+    fields = dict(FIELDS.get(method, {}))
     adapter = ADAPTERS[method](**fields)
     if network == 'conv' and adapter.targets is None:
         fields['targets'] = CONV_TARGETS
@@ -162,10 +162,11 @@ def test_merged_is_unmerged(case):
 @pytest.mark.parametrize('method', DROPPING)
 def test_dropout_in_training_alone(method):
     """It keeps the mean of what it drops from, and follows `train`, not the key: the cache of features gives one in either."""
-    rate, draws = 0.3, 1000
+    rate, draws = 0.3, 200
     network = next(name for name in NETWORKS if not isinstance(case_of(method, name), str))
-    case, plain = case_of(method, network, dropout=rate), case_of(method, network)
-    ((name, (adapter, targets)),) = case.adapters.items()
+    case = case_of(method, network)  # without dropout; the parts are the same
+    ((name, (_, targets)),) = case.adapters.items()
+    adapter = ADAPTERS[method](**FIELDS.get(method, {}), dropout=rate)
 
     def run(key, train):
         seen = []
@@ -181,12 +182,12 @@ def test_dropout_in_training_alone(method):
         outputs, _ = model.apply(case.moved, case.inputs, train=train, mutable=['batch_stats'], rngs={'dropout': key})
         return outputs['logits'], seen[0]  # what later ones drop from depends on what the first one dropped
 
-    logits, (x, same) = run(jax.random.key(0), train=False)
-    np.testing.assert_array_equal(logits, plain.logits)
+    logits, (x, same) = jax.jit(functools.partial(run, train=False))(jax.random.key(0))
+    np.testing.assert_allclose(logits, case.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(same, x)
     keys = jax.random.split(jax.random.key(1), draws)
     logits, (_, dropped) = jax.jit(jax.vmap(lambda key: run(key, train=True)))(keys)
-    assert off_by(np.asarray(logits[0]), plain.logits) > 1e-4
+    assert off_by(np.asarray(logits[0]), case.logits) > 1e-4
     dropped = np.asarray(dropped)
     np.testing.assert_allclose(dropped, np.where(dropped, x / (1 - rate), 0), rtol=1e-5, atol=1e-6)
     error = np.abs(x) * np.sqrt(rate / (1 - rate) / draws)

@@ -43,6 +43,7 @@ TARGETS = {
             'ResNet',
             'ResNet8',
             'SqueezeNet',
+            'WideResNet',
         ),
         CONVOLUTIONS,
     ),
