@@ -13,7 +13,7 @@ SELECTION = 'val/accuracy'
 UNIT = '%'
 
 METHODS = {'LP': 'lp', 'FT': 'ft', 'LP-FT': 'lp_ft'}
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SPLITS = {'id': 'within', 'ood': 'other set', 'noise': 'noise'}
 CELLS = [
     Cell(
