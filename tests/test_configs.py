@@ -30,9 +30,15 @@ TABLES = {
     'vpt': {'depth': 2},
     'vtab': {'name': 'timm/resnetv2_50x1_bit.goog_in21k', 'stage_sizes': [1, 1], 'widths': [64, 128]},
 }
-# Cut likewise, student and teacher, so that networks of several depths are one; the third stage stays, whose endpoints terms
-# name.
+# Cut likewise, student and teacher; the third stage stays, whose endpoints terms name. Networks of other depths are then the
+# same, and take one name.
 CUT = ('distill', 'attention_transfer', 'repdistiller')
+SHALLOW = {
+    **dict.fromkeys(('resnet32', 'resnet56', 'resnet110'), 'resnet20'),
+    'resnet32x4': 'resnet8x4',
+    'wrn_40_1': 'wrn_16_1',
+    'wrn_40_2': 'wrn_16_2',
+}
 
 
 HERE = 'shipped:mnist_convnet'  # weights that are always there; of no network in question, and not read
@@ -62,9 +68,8 @@ def shrunk(path, config):
         config.batch_size = 4
         config.gradient = {'name': 'plain'}  # in place of one that cuts the batch
     for network in (config.model, *teachers(config)) if path.stem in CUT else ():
-        wide = 'wrn' in network['name']
-        name = re.sub(r'\d+', '16' if wide else '20' if 'x' not in network['name'] else '8', network['name'], count=1)
-        network.update({'name': name, 'depth': 10} if wide else {'name': name, 'stage_sizes': [1, 1, 1]})
+        name = SHALLOW.get(network['name'], network['name'])
+        network.update({'name': name}, **({'depth': 10} if 'wrn' in name else {'stage_sizes': [1, 1, 1]}))
         config.batch_size = 4
     for teacher in teachers(config):
         teacher.update(source=HERE)
