@@ -13,7 +13,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,19 @@ def run_file(file: Path) -> types.ModuleType:
     except SyntaxError as error:
         raise UserError(f'{file}, line {error.lineno}, is not valid Python: {error.msg}') from None
     return module
+
+
+def resolved_with(
+    read: Callable[[], ml_collections.ConfigDict], assignments: Iterable[str], where: str
+) -> dict[str, Any]:
+    """The resolved config that `read` gives, with fields set; `where` begins what is said of a mistake in it."""
+    try:
+        config = read()
+        for assignment in assignments:
+            override(config, assignment)
+        return resolve(config)
+    except UserError as error:
+        raise UserError(f'{where}: {str(error).removeprefix("--")}') from None
 
 
 def override(config: ml_collections.ConfigDict, assignment: str) -> None:

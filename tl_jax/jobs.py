@@ -211,13 +211,11 @@ def _variant(
     module: types.ModuleType, arg: str, variant: str, overrides: Mapping[str, Any], assignments: Sequence[str]
 ) -> dict[str, Any]:
     """The resolved config of one variant of a sweep."""
-    try:
-        config = config_lib.with_defaults(module.get_config(','.join(filter(None, (arg, variant)))))
-        for assignment in (*(f'{k}={v!r}' for k, v in overrides.items()), *assignments):
-            config_lib.override(config, assignment)
-        return config_lib.resolve(config)
-    except UserError as error:
-        raise UserError(f'sweep(): {variant}: {str(error).removeprefix("--")}') from None
+    return config_lib.resolved_with(
+        lambda: config_lib.with_defaults(module.get_config(','.join(filter(None, (arg, variant))))),
+        (*(f'{k}={v!r}' for k, v in overrides.items()), *assignments),
+        f'sweep(): {variant}',
+    )
 
 
 def _refuse_assignments(assignments: Sequence[str], mode: str) -> None:

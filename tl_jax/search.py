@@ -322,13 +322,8 @@ def _tried(spec: BaseDistribution) -> list[Any]:
 
 def _resolved(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved config with fields of the space set."""
-    config = copy.deepcopy(config)
-    try:
-        for field, value in chosen.items():
-            config_lib.override(config, f'{field}={value!r}')
-        return config_lib.resolve(config)
-    except UserError as error:
-        raise UserError(f'space(): {str(error).removeprefix("--")}') from None
+    assignments = (f'{field}={value!r}' for field, value in chosen.items())
+    return config_lib.resolved_with(lambda: copy.deepcopy(config), assignments, 'space()')
 
 
 def _shaped(config: Mapping[str, Any]) -> Experiment:
